@@ -132,10 +132,7 @@ struct Wire<'a> {
 impl Message {
     /// Reads a message of any content.
     pub(crate) fn parse(payload: &str) -> Self {
-        Self::read(payload).unwrap_or_else(|error| Self::Unreadable {
-            table: named_table(payload),
-            error,
-        })
+        Self::read(payload).unwrap_or_else(|error| Self::Unreadable { table: named_table(payload), error })
     }
 
     fn read(payload: &str) -> Result<Self, String> {
@@ -160,12 +157,7 @@ impl Message {
                 Ok((column, values.collect::<Result<_, _>>()?))
             })
             .collect::<Result<_, &str>>()?;
-        Ok(Self::Change(Change {
-            table: wire.t.map(Cow::into_owned),
-            rows,
-            columns,
-            xid: wire.x,
-        }))
+        Ok(Self::Change(Change { table: wire.t.map(Cow::into_owned), rows, columns, xid: wire.x }))
     }
 }
 
@@ -175,20 +167,13 @@ fn named_table(payload: &str) -> Option<String> {
     struct Named {
         t: String,
     }
-    serde_json::from_str::<Named>(payload)
-        .ok()
-        .map(|named| named.t)
+    serde_json::from_str::<Named>(payload).ok().map(|named| named.t)
 }
 
 impl Change {
     /// A message that no transaction's trigger sent: somebody asked for the invalidation.
     pub(crate) fn requested(table: &str, rows: Rows) -> Self {
-        Self {
-            table: Some(table.to_owned()),
-            rows,
-            columns: BTreeMap::new(),
-            xid: None,
-        }
+        Self { table: Some(table.to_owned()), rows, columns: BTreeMap::new(), xid: None }
     }
 
     /// The wire form. A change without keys of a table that it does not name is written as "every table".
@@ -198,36 +183,18 @@ impl Change {
             Rows::Keys(keys) => (Some(keys.clone()), false),
         };
         let c = self.columns.iter().map(|(column, values)| {
-            let values = values
-                .iter()
-                .map(|part| RowKey::new(std::slice::from_ref(part)));
+            let values = values.iter().map(|part| RowKey::new(std::slice::from_ref(part)));
             (column.clone(), values.collect())
         });
         let t = self.table.as_deref().map(Cow::Borrowed);
-        write(&Wire {
-            v: VERSION,
-            t,
-            x: self.xid,
-            k,
-            c: c.collect(),
-            all,
-            f: None,
-        })
+        write(&Wire { v: VERSION, t, x: self.xid, k, c: c.collect(), all, f: None })
     }
 }
 
 /// The wire form of a fence.
 pub(crate) fn fence_payload(nonce: Uuid) -> String {
     let c = BTreeMap::new();
-    write(&Wire {
-        v: VERSION,
-        t: None,
-        x: None,
-        k: None,
-        c,
-        all: false,
-        f: Some(nonce),
-    })
+    write(&Wire { v: VERSION, t: None, x: None, k: None, c, all: false, f: Some(nonce) })
 }
 
 fn write(wire: &Wire<'_>) -> String {
@@ -319,10 +286,7 @@ impl Visitor<'_> for Scalar {
     }
 
     fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Self::Value, E> {
-        value
-            .try_into()
-            .map(KeyPart::Int)
-            .map_err(|_| E::custom("integer above 2^63 - 1"))
+        value.try_into().map(KeyPart::Int).map_err(|_| E::custom("integer above 2^63 - 1"))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Self::Value, E> {
@@ -338,51 +302,27 @@ mod tests {
 
     fn change(table: &str, rows: Rows, xid: u64) -> Message {
         let table = Some(table.to_owned());
-        Message::Change(Change {
-            table,
-            rows,
-            columns: BTreeMap::new(),
-            xid: Some(xid),
-        })
+        Message::Change(Change { table, rows, columns: BTreeMap::new(), xid: Some(xid) })
     }
 
     #[test]
     fn the_grammar_by_example() {
-        let keys =
-            |keys: &[&[KeyPart]]| Rows::Keys(keys.iter().map(|key| RowKey::new(key)).collect());
+        let keys = |keys: &[&[KeyPart]]| Rows::Keys(keys.iter().map(|key| RowKey::new(key)).collect());
         let cases = [
             (
                 r#"{"v":1,"t":"public.users","x":789,"k":[42,-7]}"#,
-                change(
-                    "public.users",
-                    keys(&[&[KeyPart::Int(42)], &[KeyPart::Int(-7)]]),
-                    789,
-                ),
+                change("public.users", keys(&[&[KeyPart::Int(42)], &[KeyPart::Int(-7)]]), 789),
             ),
             (
                 r#"{"v":1,"t":"public.sessions","x":790,"k":["tok\"en"]}"#,
-                change(
-                    "public.sessions",
-                    keys(&[&[KeyPart::Text("tok\"en".into())]]),
-                    790,
-                ),
+                change("public.sessions", keys(&[&[KeyPart::Text("tok\"en".into())]]), 790),
             ),
             (
                 r#"{"v":1,"t":"a.b","x":1,"k":[[7,"ada"]]}"#,
-                change(
-                    "a.b",
-                    keys(&[&[KeyPart::Int(7), KeyPart::Text("ada".into())]]),
-                    1,
-                ),
+                change("a.b", keys(&[&[KeyPart::Int(7), KeyPart::Text("ada".into())]]), 1),
             ),
-            (
-                r#"{"v":1,"t":"a.b","x":1,"all":true}"#,
-                change("a.b", Rows::All, 1),
-            ),
-            (
-                r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007"}"#,
-                Message::Fence(Uuid::from_u128(7)),
-            ),
+            (r#"{"v":1,"t":"a.b","x":1,"all":true}"#, change("a.b", Rows::All, 1)),
+            (r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007"}"#, Message::Fence(Uuid::from_u128(7))),
         ];
         for (payload, expected) in cases {
             assert_eq!(Message::parse(payload), expected, "{payload}");
@@ -399,25 +339,15 @@ mod tests {
 
     #[test]
     fn every_table() {
-        let Message::Change(change) = Message::parse(r#"{"v":1,"all":true}"#) else {
-            panic!()
-        };
-        assert_eq!(
-            (change.table, change.rows, change.xid),
-            (None, Rows::All, None)
-        );
+        let Message::Change(change) = Message::parse(r#"{"v":1,"all":true}"#) else { panic!() };
+        assert_eq!((change.table, change.rows, change.xid), (None, Rows::All, None));
     }
 
     #[test]
     fn further_columns() {
         let payload = r#"{"v":1,"t":"public.orders","x":3,"k":[7],"c":{"user_id":[41,42]}}"#;
-        let Message::Change(change) = Message::parse(payload) else {
-            panic!()
-        };
-        assert_eq!(
-            change.columns["user_id"],
-            [KeyPart::Int(41), KeyPart::Int(42)]
-        );
+        let Message::Change(change) = Message::parse(payload) else { panic!() };
+        assert_eq!(change.columns["user_id"], [KeyPart::Int(41), KeyPart::Int(42)]);
         assert_eq!(change.to_payload(), payload);
     }
 
@@ -427,16 +357,9 @@ mod tests {
             Message::Unreadable { table, .. } => table,
             read => panic!("{payload} was read as {read:?}"),
         };
-        for nameless in [
-            "",
-            "null",
-            "[]",
-            "garbage",
-            "{}",
-            r#"{"v":1}"#,
-            r#"{"v":1,"k":[1]}"#,
-            "{\"v\":1,\"t\":\"a.b\"",
-        ] {
+        for nameless in
+            ["", "null", "[]", "garbage", "{}", r#"{"v":1}"#, r#"{"v":1,"k":[1]}"#, "{\"v\":1,\"t\":\"a.b\""]
+        {
             assert_eq!(flushed(nameless), None, "{nameless}");
         }
         for named in [

@@ -76,9 +76,7 @@ impl fmt::Display for Reason {
             Self::ConnectionLost(error) => write!(f, "the LISTEN connection was lost: {error}"),
             Self::BeatLate => f.write_str("a fence did not come back in time"),
             Self::LeaseExpired => f.write_str("the lease ran out"),
-            Self::OtherServer => {
-                f.write_str("loads reach another server than the LISTEN connection")
-            }
+            Self::OtherServer => f.write_str("loads reach another server than the LISTEN connection"),
             Self::Triggers(problem) => f.write_str(problem),
             Self::ShutDown => f.write_str("shut down"),
         }
@@ -140,10 +138,7 @@ impl Coherence {
     pub(crate) fn new(timing: Timing, now: Boot) -> Self {
         Self {
             timing,
-            line: Line::Down {
-                since: now,
-                reason: Reason::Starting,
-            },
+            line: Line::Down { since: now, reason: Reason::Starting },
             incarnation: None,
             gaps: 0,
             started: 0,
@@ -179,15 +174,8 @@ impl Coherence {
         }
         self.started += 1;
         self.wanted = self.wanted.max(self.started);
-        let fence = Fence {
-            number: self.started,
-            nonce,
-            probe,
-        };
-        self.under_way = Some(UnderWay {
-            fence,
-            sent_at: now,
-        });
+        let fence = Fence { number: self.started, nonce, probe };
+        self.under_way = Some(UnderWay { fence, sent_at: now });
         self.last_sent_at = Some(now);
         Some(fence)
     }
@@ -200,11 +188,7 @@ impl Coherence {
         let Some(last) = self.last_sent_at else {
             return Some(Boot::ZERO);
         };
-        let pause = if self.wanted > self.started {
-            self.timing.spacing
-        } else {
-            self.timing.beat
-        };
+        let pause = if self.wanted > self.started { self.timing.spacing } else { self.timing.beat };
         Some(last + pause)
     }
 
@@ -219,9 +203,7 @@ impl Coherence {
     /// A fence was applied: everything before it in the channel has been. Strangers' fences, and those from
     /// before a gap, count for nothing (X25, I5).
     pub(crate) fn fence_applied(&mut self, nonce: Uuid) -> Vec<Action> {
-        let Some(UnderWay { fence, sent_at }) =
-            self.under_way.take_if(|it| it.fence.nonce == nonce)
-        else {
+        let Some(UnderWay { fence, sent_at }) = self.under_way.take_if(|it| it.fence.nonce == nonce) else {
             return Vec::new();
         };
         self.coherent_as_of = Some(sent_at);
@@ -250,18 +232,11 @@ impl Coherence {
         let was_up = matches!(self.line, Line::Up);
         self.line = match &self.line {
             Line::Up => Line::Down { since: now, reason },
-            Line::Down { since, .. } | Line::Probing { since, .. } => Line::Down {
-                since: *since,
-                reason,
-            },
+            Line::Down { since, .. } | Line::Probing { since, .. } => Line::Down { since: *since, reason },
         };
         self.gaps += 1;
         self.under_way = None;
-        if was_up {
-            vec![Action::Close]
-        } else {
-            Vec::new()
-        }
+        if was_up { vec![Action::Close] } else { Vec::new() }
     }
 
     /// Lets time pass: a late fence and an expired lease are gaps.
@@ -289,18 +264,14 @@ impl Coherence {
 
     /// When the fence under way is too late.
     pub(crate) fn fence_deadline(&self) -> Option<Boot> {
-        self.under_way
-            .as_ref()
-            .map(|it| it.sent_at + self.timing.beat_timeout)
+        self.under_way.as_ref().map(|it| it.sent_at + self.timing.beat_timeout)
     }
 
     /// Since when, and why, the node has not been coherent; `None` while it is.
     pub(crate) fn bypassed(&self) -> Option<(Boot, &Reason)> {
         match &self.line {
             Line::Up => None,
-            Line::Down { since, reason } | Line::Probing { since, reason } => {
-                Some((*since, reason))
-            }
+            Line::Down { since, reason } | Line::Probing { since, reason } => Some((*since, reason)),
         }
     }
 
@@ -340,49 +311,33 @@ mod tests {
     }
 
     fn incarnation(n: u128) -> Incarnation {
-        Incarnation {
-            canary: Uuid::from_u128(n),
-            started: 7,
-        }
+        Incarnation { canary: Uuid::from_u128(n), started: 7 }
     }
 
     /// A node that is up since `at(0.0)`.
     fn up() -> Coherence {
         let mut node = Coherence::new(TIMING, at(-1.0));
         node.listening(incarnation(1));
-        let probe = node
-            .next_fence(at(0.0), Uuid::from_u128(1))
-            .expect("a probe is due at once");
+        let probe = node.next_fence(at(0.0), Uuid::from_u128(1)).expect("a probe is due at once");
         assert!(probe.probe);
-        assert_eq!(
-            node.fence_applied(probe.nonce),
-            [Action::Open, Action::Release(1)]
-        );
+        assert_eq!(node.fence_applied(probe.nonce), [Action::Open, Action::Release(1)]);
         node
     }
 
     fn fence(node: &mut Coherence, now: Boot) -> Fence {
-        node.next_fence(now, Uuid::new_v4())
-            .expect("a fence is due")
+        node.next_fence(now, Uuid::new_v4()).expect("a fence is due")
     }
 
     #[test]
     fn nothing_is_served_before_the_first_fence_came_back() {
         let mut node = Coherence::new(TIMING, at(0.0));
         assert_eq!(node.bypassed(), Some((at(0.0), &Reason::Starting)));
-        assert_eq!(
-            node.next_fence(at(0.0), Uuid::nil()),
-            None,
-            "no fence without a line"
-        );
+        assert_eq!(node.next_fence(at(0.0), Uuid::nil()), None, "no fence without a line");
         node.listening(incarnation(1));
         assert!(node.bypassed().is_some());
         assert_eq!(node.want_fence(), Err(Reason::Starting));
         let probe = fence(&mut node, at(0.1));
-        assert_eq!(
-            node.fence_applied(probe.nonce),
-            [Action::Open, Action::Release(1)]
-        );
+        assert_eq!(node.fence_applied(probe.nonce), [Action::Open, Action::Release(1)]);
         assert_eq!(node.bypassed(), None);
     }
 
@@ -392,20 +347,9 @@ mod tests {
         let running = fence(&mut node, at(1.0));
         let mine = node.want_fence().expect("up");
         assert_eq!(mine, running.number + 1);
-        assert_eq!(
-            node.want_fence(),
-            Ok(mine),
-            "those who wait share the next one"
-        );
-        assert_eq!(
-            node.fence_applied(running.nonce),
-            [Action::Release(running.number)]
-        );
-        assert_eq!(
-            node.fence_due(),
-            Some(at(1.0) + TIMING.spacing),
-            "it is due before the beat"
-        );
+        assert_eq!(node.want_fence(), Ok(mine), "those who wait share the next one");
+        assert_eq!(node.fence_applied(running.nonce), [Action::Release(running.number)]);
+        assert_eq!(node.fence_due(), Some(at(1.0) + TIMING.spacing), "it is due before the beat");
         let next = fence(&mut node, at(1.1));
         assert_eq!(node.fence_applied(next.nonce), [Action::Release(mine)]);
     }
@@ -418,17 +362,9 @@ mod tests {
         assert_eq!(node.coherent_as_of(), Some(at(1.0)));
         assert_eq!(node.lease_end(), Some(at(6.0)));
         let _under_way = fence(&mut node, at(2.0));
-        assert_eq!(
-            node.lease_end(),
-            Some(at(6.0)),
-            "a fence that is under way proves nothing"
-        );
+        assert_eq!(node.lease_end(), Some(at(6.0)), "a fence that is under way proves nothing");
         assert_eq!(node.tick(at(4.9)), []);
-        assert_eq!(
-            node.tick(at(5.1)),
-            [Action::Close],
-            "three seconds after it was sent it is late"
-        );
+        assert_eq!(node.tick(at(5.1)), [Action::Close], "three seconds after it was sent it is late");
         assert!(matches!(node.bypassed(), Some((_, Reason::BeatLate))));
     }
 
@@ -459,17 +395,10 @@ mod tests {
         assert_eq!(node.gap(at(1.5), Reason::BeatLate), [Action::Close]);
         assert_eq!(node.fence_applied(lost.nonce), []);
         node.listening(incarnation(1));
-        assert_eq!(
-            node.fence_applied(lost.nonce),
-            [],
-            "also when there is a line again"
-        );
+        assert_eq!(node.fence_applied(lost.nonce), [], "also when there is a line again");
         let probe = fence(&mut node, at(2.0));
         assert!(probe.probe, "a new line proves itself anew");
-        assert_eq!(
-            node.fence_applied(probe.nonce),
-            [Action::Open, Action::Release(probe.number)]
-        );
+        assert_eq!(node.fence_applied(probe.nonce), [Action::Open, Action::Release(probe.number)]);
     }
 
     #[test]
@@ -477,11 +406,7 @@ mod tests {
         let mut node = up();
         node.gap(at(1.0), Reason::ConnectionLost("reset".into()));
         node.listening(incarnation(2));
-        assert_eq!(
-            node.gap(at(2.0), Reason::BeatLate),
-            [],
-            "nothing was served"
-        );
+        assert_eq!(node.gap(at(2.0), Reason::BeatLate), [], "nothing was served");
         assert_eq!(node.bypassed(), Some((at(1.0), &Reason::BeatLate)));
         assert_eq!(node.gaps(), 2);
         assert_eq!(node.incarnation(), Some(incarnation(2)));

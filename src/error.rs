@@ -39,11 +39,7 @@ pub(crate) enum Kind {
 
 impl Error {
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner {
-            kind,
-            message: message.into(),
-            source: None,
-        }))
+        Self(Arc::new(Inner { kind, message: message.into(), source: None }))
     }
 
     pub(crate) fn with(
@@ -51,11 +47,7 @@ impl Error {
         message: impl Into<String>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        Self(Arc::new(Inner {
-            kind,
-            message: message.into(),
-            source: Some(source.into()),
-        }))
+        Self(Arc::new(Inner { kind, message: message.into(), source: Some(source.into()) }))
     }
 
     pub(crate) fn kind(&self) -> Kind {
@@ -140,16 +132,8 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner {
-            kind,
-            message,
-            source,
-        } = &*self.0;
-        f.debug_struct("Error")
-            .field("kind", kind)
-            .field("message", message)
-            .field("source", source)
-            .finish()
+        let Inner { kind, message, source } = &*self.0;
+        f.debug_struct("Error").field("kind", kind).field("message", message).field("source", source).finish()
     }
 }
 
@@ -172,11 +156,7 @@ mod tests {
 
     #[test]
     fn the_chain_prints_each_cause_once() {
-        let error = Error::with(
-            Kind::Timeout,
-            "load of public.users 7",
-            std::io::Error::other("cause"),
-        );
+        let error = Error::with(Kind::Timeout, "load of public.users 7", std::io::Error::other("cause"));
         assert_eq!(error.to_string(), "load of public.users 7");
         assert_eq!(error.source().expect("has a source").to_string(), "cause");
         assert!(error.is_timeout() && !error.is_unavailable());

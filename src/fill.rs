@@ -60,11 +60,7 @@ pub(crate) struct Landing<W> {
 impl<W> Flight<W> {
     /// The first caller asks.
     pub(crate) fn new(caller: W) -> Self {
-        Self {
-            state: State::Queued,
-            waiting: vec![caller],
-            next: Vec::new(),
-        }
+        Self { state: State::Queued, waiting: vec![caller], next: Vec::new() }
     }
 
     /// One more caller asks. `live` is the gate now. Returns whether the caller joined others (else it leads
@@ -82,14 +78,8 @@ impl<W> Flight<W> {
     /// The load is about to read the database. `live` must be read under the key's lock, before the query is
     /// sent: a change whose message is applied from here on may be missing from what the query sees.
     pub(crate) fn start(&mut self, live: Word) {
-        debug_assert!(
-            matches!(self.state, State::Queued),
-            "loads of one key do not overlap"
-        );
-        self.state = State::Running {
-            word: live,
-            void: false,
-        };
+        debug_assert!(matches!(self.state, State::Queued), "loads of one key do not overlap");
+        self.state = State::Running { word: live, void: false };
     }
 
     /// The key was invalidated. Returns whether that tore up a running load's ticket.
@@ -113,9 +103,6 @@ impl<W> Flight<W> {
     pub(crate) fn finish(&mut self) -> Landing<W> {
         let waiting = std::mem::replace(&mut self.waiting, std::mem::take(&mut self.next));
         self.state = State::Queued;
-        Landing {
-            waiting,
-            again: !self.waiting.is_empty(),
-        }
+        Landing { waiting, again: !self.waiting.is_empty() }
     }
 }

@@ -282,9 +282,6 @@ mod tests {
     #[test]
     fn a_uuid_is_read_from_its_text() {
         let uuid = Uuid::from_u128(0x0123_4567_89ab_cdef);
-        assert_eq!(
-            Uuid::from_parts(&[KeyPart::Text(uuid.to_string().into())]),
-            Some(uuid)
-        );
+        assert_eq!(Uuid::from_parts(&[KeyPart::Text(uuid.to_string().into())]), Some(uuid));
     }
 }

@@ -120,10 +120,7 @@ impl Striped {
     }
 
     fn get(&self) -> u64 {
-        self.0
-            .iter()
-            .map(|stripe| stripe.load(Ordering::Relaxed))
-            .sum()
+        self.0.iter().map(|stripe| stripe.load(Ordering::Relaxed)).sum()
     }
 }
 

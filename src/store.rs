@@ -69,10 +69,7 @@ impl<V> Deref for Cached<V> {
     type Target = V;
 
     fn deref(&self) -> &V {
-        self.0
-            .value
-            .as_ref()
-            .expect("made only of entries that hold a row")
+        self.0.value.as_ref().expect("made only of entries that hold a row")
     }
 }
 
@@ -158,10 +155,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             counters: Counters::default(),
             stripes: (0..STRIPES).map(|_| stripe()).collect(),
             hasher,
-            queue: Mutex::new(Queue {
-                keys: VecDeque::new(),
-                runners: 0,
-            }),
+            queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
             limits,
         }
     }
@@ -179,9 +173,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.
     pub(crate) fn peek(&self, key: &K) -> Option<Arc<Entry<V>>> {
-        self.entries
-            .peek(key)
-            .filter(|entry| entry.word == self.gate.word())
+        self.entries.peek(key).filter(|entry| entry.word == self.gate.word())
     }
 
     /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
@@ -202,12 +194,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             false
         };
         drop(flights);
-        if joined {
-            &self.counters.joined
-        } else {
-            &self.counters.led
-        }
-        .add(1);
+        if joined { &self.counters.joined } else { &self.counters.led }.add(1);
         Asked::Wait(answer)
     }
 
@@ -219,20 +206,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let mut queue = lock(&self.queue);
         queue.keys.extend(wanted);
         let useful = queue.keys.len().div_ceil(self.limits.batch_max);
-        let more = self
-            .limits
-            .runners_max
-            .saturating_sub(queue.runners)
-            .min(useful);
+        let more = self.limits.runners_max.saturating_sub(queue.runners).min(useful);
         queue.runners += more;
         drop(queue);
-        (0..more)
-            .map(|_| Runner {
-                store: Arc::clone(self),
-                batch: Vec::new(),
-                retired: false,
-            })
-            .collect()
+        (0..more).map(|_| Runner { store: Arc::clone(self), batch: Vec::new(), retired: false }).collect()
     }
 
     /// A row was changed: nothing read before this call may be served after it.
@@ -251,14 +228,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         self.entries.len() as u64
     }
 
-    fn flights(
-        &self,
-        key: &K,
-    ) -> MutexGuard<'_, HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>> {
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "any bits of the hash will do"
-        )]
+    fn flights(&self, key: &K) -> MutexGuard<'_, HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>> {
+        #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
         let stripe = self.hasher.hash_one(key) as usize % STRIPES;
         lock(&self.stripes[stripe])
     }
@@ -281,11 +252,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             let entry = Arc::new(Entry { word, value });
             match flight.verdict(word) {
                 Verdict::Publish(_) if ours => {
-                    self.entries.insert_with_lifecycle(
-                        key.clone(),
-                        Arc::clone(&entry),
-                        &mut evicted,
-                    );
+                    self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
                     counters.published.add(1);
                 }
                 Verdict::Publish(_) | Verdict::Uncached => counters.uncached.add(1),
@@ -344,10 +311,7 @@ pub(crate) struct Runner<K: Key, V: Send + Sync + 'static> {
 impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     /// Starts loads of all keys that wait, up to the limit. `None` when none waits: the runner has retired.
     pub(crate) fn take(&mut self) -> Option<&[K]> {
-        debug_assert!(
-            self.batch.is_empty(),
-            "a batch is finished before the next one is taken"
-        );
+        debug_assert!(self.batch.is_empty(), "a batch is finished before the next one is taken");
         let store = &self.store;
         let mut queue = lock(&store.queue);
         if queue.keys.is_empty() {
@@ -368,11 +332,7 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
 
     /// Ends the loads of the batch, with one result per key in the order of the keys. `ours`: the rows came
     /// from the server that the node listens to.
-    pub(crate) fn finish(
-        &mut self,
-        results: impl IntoIterator<Item = Result<Option<V>>>,
-        ours: bool,
-    ) {
+    pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, ours: bool) {
         let mut again = Vec::new();
         let mut batch = std::mem::take(&mut self.batch).into_iter();
         for (key, result) in batch.by_ref().zip(results) {
@@ -402,10 +362,7 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
         if self.retired {
             return;
         }
-        let error = Error::new(
-            Kind::Closed,
-            "the task that loads rows ended before its load did",
-        );
+        let error = Error::new(Kind::Closed, "the task that loads rows ended before its load did");
         self.fail(&error);
         // The last runner takes along the keys that nobody would load any more.
         loop {

@@ -51,21 +51,12 @@ struct Plan {
 
 impl World {
     fn new(plan: Plan) -> Arc<Self> {
-        let store = Arc::new(Store::new(
-            plan.capacity,
-            Limits {
-                runners_max: 2,
-                batch_max: 2,
-            },
-        ));
+        let store = Arc::new(Store::new(plan.capacity, Limits { runners_max: 2, batch_max: 2 }));
         let world = Self {
             store: Arc::clone(&store),
             tables: Tables::default(),
             database: Mutex::new([1; KEYS]),
-            channel: Mutex::new(Channel {
-                listening: true,
-                ..Channel::default()
-            }),
+            channel: Mutex::new(Channel { listening: true, ..Channel::default() }),
             applied: Mutex::new([1; KEYS]),
             returned: Mutex::new([0; KEYS]),
         };
@@ -90,9 +81,7 @@ impl World {
         };
         let mut channel = lock(&self.channel);
         if channel.listening {
-            channel
-                .messages
-                .push_back((Change::requested("t", rows), known));
+            channel.messages.push_back((Change::requested("t", rows), known));
         }
     }
 
@@ -122,22 +111,14 @@ impl World {
     fn run(self: &Arc<Self>, mut runner: Runner<i64, u64>, accidents: bool) {
         while let Some(keys) = runner.take() {
             let keys = keys.to_vec();
-            let luck = if accidents {
-                shuttle::rand::thread_rng().gen_range(0..8)
-            } else {
-                7
-            };
+            let luck = if accidents { shuttle::rand::thread_rng().gen_range(0..8) } else { 7 };
             match luck {
                 0 => runner.fail(&Error::new(Kind::Timeout, "accident")),
                 1 => return,
                 _ => {
                     let rows = *lock(&self.database);
                     thread::yield_now();
-                    runner.finish(
-                        keys.iter()
-                            .map(|key| Ok(Some(rows[usize::try_from(*key).unwrap()]))),
-                        true,
-                    );
+                    runner.finish(keys.iter().map(|key| Ok(Some(rows[usize::try_from(*key).unwrap()]))), true);
                 }
             }
         }
@@ -156,24 +137,16 @@ impl World {
                 }
                 match asked {
                     Asked::Hit(entry) => Some(entry),
-                    Asked::Wait(_)
-                        if accidents && shuttle::rand::thread_rng().gen_range(0..8) == 0 =>
-                    {
-                        None
-                    }
+                    Asked::Wait(_) if accidents && shuttle::rand::thread_rng().gen_range(0..8) == 0 => None,
                     Asked::Wait(wait) => block_on(wait).expect("every caller is answered").ok(),
                 }
             },
             Some,
         );
-        let Some(version) = entry.map(|entry| entry.value.expect("rows are never deleted here"))
-        else {
+        let Some(version) = entry.map(|entry| entry.value.expect("rows are never deleted here")) else {
             return;
         };
-        assert!(
-            version >= at_least,
-            "key {key}: read {version} after {at_least} was applied or returned"
-        );
+        assert!(version >= at_least, "key {key}: read {version} after {at_least} was applied or returned");
         let mut returned = lock(&self.returned);
         returned[key] = returned[key].max(version);
     }
@@ -221,20 +194,12 @@ fn scenario(plan: Plan) {
 }
 
 fn check(plan: Plan) {
-    let iterations = std::env::var("SHUTTLE_ITERATIONS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(20_000);
+    let iterations = std::env::var("SHUTTLE_ITERATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000);
     shuttle::check_random(move || scenario(plan), iterations);
     shuttle::check_pct(move || scenario(plan), iterations, 3);
 }
 
-const CALM: Plan = Plan {
-    capacity: 8,
-    clears: false,
-    gaps: false,
-    accidents: false,
-};
+const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, accidents: false };
 
 #[test]
 fn shuttle_reads_against_changes() {
@@ -243,10 +208,7 @@ fn shuttle_reads_against_changes() {
 
 #[test]
 fn shuttle_reads_against_clears() {
-    check(Plan {
-        clears: true,
-        ..CALM
-    });
+    check(Plan { clears: true, ..CALM });
 }
 
 #[test]
@@ -256,17 +218,10 @@ fn shuttle_reads_against_gaps() {
 
 #[test]
 fn shuttle_reads_against_accidents() {
-    check(Plan {
-        accidents: true,
-        ..CALM
-    });
+    check(Plan { accidents: true, ..CALM });
 }
 
 #[test]
 fn shuttle_reads_against_evictions() {
-    check(Plan {
-        capacity: 1,
-        clears: true,
-        ..CALM
-    });
+    check(Plan { capacity: 1, clears: true, ..CALM });
 }

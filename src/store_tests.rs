@@ -11,17 +11,8 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
-    let store = Arc::new(Store::new(
-        100,
-        Limits {
-            runners_max: 2,
-            batch_max: 3,
-        },
-    ));
-    let mut fixture = Fixture {
-        store,
-        words: Words::default(),
-    };
+    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }));
+    let mut fixture = Fixture { store, words: Words::default() };
     fixture.turn(true);
     fixture
 }
@@ -33,20 +24,12 @@ impl Fixture {
     }
 
     /// One caller asks for keys that must all miss.
-    fn ask(
-        &self,
-        keys: &[i64],
-    ) -> (
-        Vec<oneshot::Receiver<Outcome<&'static str>>>,
-        Vec<Runner<i64, &'static str>>,
-    ) {
+    fn ask(&self, keys: &[i64]) -> (Vec<oneshot::Receiver<Outcome<&'static str>>>, Vec<Runner<i64, &'static str>>) {
         let mut wanted = Vec::new();
-        let waits = keys
-            .iter()
-            .map(|key| match self.store.ask(key, &mut wanted) {
-                Asked::Wait(wait) => wait,
-                Asked::Hit(_) => panic!("{key} was held"),
-            });
+        let waits = keys.iter().map(|key| match self.store.ask(key, &mut wanted) {
+            Asked::Wait(wait) => wait,
+            Asked::Hit(_) => panic!("{key} was held"),
+        });
         let waits = waits.collect();
         (waits, self.store.enqueue(wanted))
     }
@@ -78,10 +61,7 @@ fn a_load_answers_all_who_joined_and_is_published() {
     assert_eq!(fixture.held(1), Some(Some("ada")));
     assert!(fixture.store.lookup(&1).is_some());
     let stats = fixture.store.counters.snapshot(0);
-    assert_eq!(
-        (stats.gets, stats.hits, stats.led, stats.joined),
-        (4, 1, 1, 2)
-    );
+    assert_eq!((stats.gets, stats.hits, stats.led, stats.joined), (4, 1, 1, 2));
     assert_eq!((stats.loads, stats.published, stats.queries), (1, 1, 1));
 }
 
@@ -107,16 +87,9 @@ fn x1_an_invalidation_during_a_load_voids_it_for_those_who_come_later() {
     let (mut after, none) = fixture.ask(&[1]);
     assert!(none.is_empty(), "loads of one key do not overlap");
     runner.finish([Ok(Some("old"))], true);
-    assert_eq!(
-        value(&mut before[0]),
-        Some("old"),
-        "who asked before the change gets what was read"
-    );
+    assert_eq!(value(&mut before[0]), Some("old"), "who asked before the change gets what was read");
     assert_eq!(fixture.held(1), None, "it is never cached");
-    assert!(
-        after[0].try_recv().is_err(),
-        "who came after waits for a load of its own"
-    );
+    assert!(after[0].try_recv().is_err(), "who came after waits for a load of its own");
     assert_eq!(runner.take(), Some(&[1][..]));
     runner.finish([Ok(Some("new"))], true);
     assert_eq!(value(&mut after[0]), Some("new"));
@@ -174,11 +147,7 @@ fn nothing_is_cached_or_served_while_not_coherent() {
     let (mut second, _) = fixture.ask(&[1]);
     runners[0].finish([Ok(Some("bea"))], true);
     assert_eq!(value(&mut first[0]), Some("bea"));
-    assert_eq!(
-        value(&mut second[0]),
-        Some("bea"),
-        "loads are shared all the same"
-    );
+    assert_eq!(value(&mut second[0]), Some("bea"), "loads are shared all the same");
     fixture.turn(true);
     assert_eq!(fixture.held(1), None, "and forgotten");
     assert_eq!(fixture.store.counters.snapshot(0).uncached, 1);
@@ -203,11 +172,7 @@ fn a_failure_goes_to_all_who_joined_and_is_not_cached() {
     runners[0].take();
     runners[0].fail(&Error::new(Kind::Timeout, "too slow"));
     for wait in [&mut first[0], &mut second[0]] {
-        assert!(
-            wait.try_recv()
-                .expect("answered")
-                .is_err_and(|error| error.is_timeout())
-        );
+        assert!(wait.try_recv().expect("answered").is_err_and(|error| error.is_timeout()));
     }
     assert_eq!(runners[0].take(), None);
     let (_wait, runners) = fixture.ask(&[1]);
@@ -224,11 +189,7 @@ fn x17_a_cancelled_caller_harms_nobody() {
     runners[0].take();
     runners[0].finish([Ok(Some("ada"))], true);
     assert_eq!(value(&mut other[0]), Some("ada"));
-    assert_eq!(
-        fixture.held(1),
-        Some(Some("ada")),
-        "the load was worth finishing"
-    );
+    assert_eq!(fixture.held(1), Some(Some("ada")), "the load was worth finishing");
 }
 
 #[test]
@@ -240,11 +201,7 @@ fn x17_a_runner_that_is_dropped_tells_everybody() {
     drop(more);
     drop(runners);
     for wait in loading.iter_mut().chain(&mut queued) {
-        assert!(
-            wait.try_recv()
-                .expect("answered")
-                .is_err_and(|error| error.is_closed())
-        );
+        assert!(wait.try_recv().expect("answered").is_err_and(|error| error.is_closed()));
     }
     let (_wait, runners) = fixture.ask(&[1]);
     assert_eq!(runners.len(), 1, "and the store still works");

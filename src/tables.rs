@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use crate::{
     change::{Change, RowKey, Rows},
+    coherence::Boot,
     gate::{Word, Words},
     sync::{Arc, Mutex, lock},
 };
@@ -20,6 +21,15 @@ pub(crate) trait Member: Send + Sync {
     fn reclaim(&self);
 }
 
+/// What a table looked like when its triggers were found to be whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Trust {
+    /// Changes with everything that could let a write pass unseen.
+    pub(crate) fingerprint: String,
+    /// The columns of its key, with their types. The caches of a table were made for one key.
+    pub(crate) key: String,
+}
+
 /// All tables of a node. Every gate of the node is moved in here, under one lock.
 #[derive(Default)]
 pub(crate) struct Tables(Mutex<Inner>);
@@ -33,10 +43,10 @@ struct Inner {
 }
 
 struct Table {
-    /// What the triggers looked like when they were last found to be whole.
-    fingerprint: String,
-    /// Why this table's triggers are in doubt.
-    suspect: Option<String>,
+    /// What it looked like when its triggers were last found to be whole.
+    trust: Trust,
+    /// Since when, and why, this table's triggers are in doubt.
+    suspect: Option<(Boot, String)>,
     members: Vec<Arc<dyn Member>>,
 }
 
@@ -57,19 +67,13 @@ impl Inner {
 }
 
 impl Tables {
-    /// Adds a cache of a table whose triggers were found to be whole, with this fingerprint, *before* any load
-    /// of the cache starts: every change that such a load could miss is then a message to come (I1).
-    pub(crate) fn add(&self, name: &str, fingerprint: &str, member: Arc<dyn Member>) {
+    /// Adds a cache of a table whose triggers were found to be whole, *before* any load of the cache starts:
+    /// every change that such a load could miss is then a message to come (I1).
+    pub(crate) fn add(&self, name: &str, trust: Trust, member: Arc<dyn Member>) {
         let mut inner = lock(&self.0);
-        let table = inner
-            .by_name
-            .entry(name.to_owned())
-            .or_insert_with(|| Table {
-                fingerprint: fingerprint.to_owned(),
-                suspect: None,
-                members: Vec::new(),
-            });
-        // A fingerprint that differs from the one on record is judged by the next beat, for all members.
+        let table =
+            inner.by_name.entry(name.to_owned()).or_insert_with(|| Table { trust, suspect: None, members: Vec::new() });
+        // If it looks different from what is on record, the next beat puts all its members in doubt.
         let trusted = table.suspect.is_none();
         table.members.push(Arc::clone(&member));
         let coherent = inner.coherent && trusted;
@@ -87,14 +91,8 @@ impl Tables {
             Some(table) => table.members.clone(),
             None => return Vec::new(),
         };
-        let understood = members
-            .iter()
-            .fold(true, |all, member| member.invalidate(keys) && all);
-        if understood {
-            Vec::new()
-        } else {
-            lock(&self.0).clear(Some(name))
-        }
+        let understood = members.iter().fold(true, |all, member| member.invalidate(keys) && all);
+        if understood { Vec::new() } else { lock(&self.0).clear(Some(name)) }
     }
 
     /// Forgets a table, or all of them.
@@ -109,12 +107,9 @@ impl Tables {
         inner.clear(None);
     }
 
-    /// Whether the node was made coherent, and why this table is in doubt, if it is.
-    pub(crate) fn suspicion(&self, name: &str) -> Option<String> {
-        lock(&self.0)
-            .by_name
-            .get(name)
-            .and_then(|table| table.suspect.clone())
+    /// Since when, and why, this table is in doubt, if it is.
+    pub(crate) fn suspicion(&self, name: &str) -> Option<(Boot, String)> {
+        lock(&self.0).by_name.get(name).and_then(|table| table.suspect.clone())
     }
 
     /// The tables whose triggers must be watched.
@@ -123,37 +118,37 @@ impl Tables {
     }
 
     /// Holds a fingerprint against the one on record. On a difference the table is in doubt from here on, and
-    /// everything held of it forgotten: triggers may have been off for a while (X21). Returns whether the table
-    /// needs to be verified.
-    pub(crate) fn inspect(&self, name: &str, fingerprint: Option<&str>) -> bool {
+    /// everything held of it forgotten: triggers may have been off for a while (X21). `Some` when the table
+    /// must be verified, with the caches that were cleared.
+    pub(crate) fn inspect(&self, name: &str, fingerprint: Option<&str>, now: Boot) -> Option<Vec<Arc<dyn Member>>> {
         let mut inner = lock(&self.0);
-        let Some(table) = inner.by_name.get_mut(name) else {
-            return false;
-        };
-        if table.suspect.is_none() {
-            if fingerprint == Some(table.fingerprint.as_str()) {
-                return false;
-            }
-            table.suspect =
-                Some("its triggers or its definition changed; they are being verified".into());
-            inner.clear(Some(name));
+        let table = inner.by_name.get_mut(name)?;
+        if table.suspect.is_some() {
+            return Some(Vec::new());
         }
-        true
+        if fingerprint == Some(table.trust.fingerprint.as_str()) {
+            return None;
+        }
+        table.suspect = Some((now, "its triggers or its definition changed; they are being verified".into()));
+        Some(inner.clear(Some(name)))
     }
 
     /// The outcome of verifying a table in doubt.
-    pub(crate) fn verified(&self, name: &str, outcome: Result<String, String>) {
+    pub(crate) fn verified(&self, name: &str, outcome: Result<Trust, String>) {
         let mut inner = lock(&self.0);
-        let Some(table) = inner.by_name.get_mut(name) else {
-            return;
-        };
-        match outcome {
-            Ok(fingerprint) => {
-                table.fingerprint = fingerprint;
+        let Some(table) = inner.by_name.get_mut(name) else { return };
+        let problem = match outcome {
+            Ok(trust) if trust.key == table.trust.key => {
+                table.trust = trust;
                 table.suspect = None;
                 inner.clear(Some(name));
+                return;
             }
-            Err(problem) => table.suspect = Some(problem),
+            Ok(trust) => format!("its key was ({}) and is ({}) now; restart the service", table.trust.key, trust.key),
+            Err(problem) => problem,
+        };
+        if let Some((_, why)) = &mut table.suspect {
+            *why = problem;
         }
     }
 }
