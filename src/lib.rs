@@ -1,5 +1,7 @@
 //! x
 #![allow(dead_code, missing_docs)]
+#[cfg(feature = "cli")]
+pub mod cli;
 mod change;
 mod clock;
 mod coherence;
