@@ -8,7 +8,14 @@
 //! tokio-postgres, and not sqlx's `PgListener`, because that one reconnects on its own without telling: a gap
 //! would be invisible (`tests/upstream.rs`).
 
-use std::{future::poll_fn, time::Duration};
+use std::{
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -49,6 +56,10 @@ pub(crate) enum Received {
 pub(crate) struct Line {
     pub(crate) incarnation: Incarnation,
     control: Client,
+    /// Says nothing any more, but dropping it would end its connection.
+    _listener: Client,
+    /// What the tasks find out once this is set is no news.
+    given_up: Arc<AtomicBool>,
     fingerprints: Statement,
     describe: Statement,
     tasks: [JoinHandle<()>; 2],
@@ -56,6 +67,7 @@ pub(crate) struct Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Release);
         for task in &self.tasks {
             task.abort();
         }
@@ -70,6 +82,15 @@ pub(crate) async fn open(
     received: impl Fn(Received) + Send + Sync + 'static,
     lost: impl FnOnce(String) + Clone + Send + 'static,
 ) -> Result<Line> {
+    let given_up = Arc::new(AtomicBool::new(false));
+    let lost = {
+        let given_up = Arc::clone(&given_up);
+        move |how| {
+            if !given_up.load(Ordering::Acquire) {
+                lost(how);
+            }
+        }
+    };
     let (listener, listening) = connect(config, "listener", received, lost.clone()).await?;
     let incarnation = prepare(&listener).await?;
     let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"");
@@ -87,12 +108,15 @@ pub(crate) async fn open(
         .prepare_typed(DESCRIBE, &[Type::TEXT])
         .await
         .map_err(|error| setup_error("preparing the check of triggers failed", error))?;
-    // The listener's task owns its socket; its client is needed no more, but dropping it would end the task.
-    let listening = tokio::spawn(async move {
-        let _client = listener;
-        let _ = listening.await;
-    });
-    Ok(Line { incarnation, control, fingerprints, describe, tasks: [listening, sending] })
+    Ok(Line {
+        incarnation,
+        control,
+        _listener: listener,
+        given_up,
+        fingerprints,
+        describe,
+        tasks: [listening, sending],
+    })
 }
 
 /// One session; its task calls `received` and `lost`.
