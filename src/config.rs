@@ -1,0 +1,171 @@
+//! Every knob of a node, with its unit, its default and the reason for it.
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+
+use crate::{
+    coherence::Timing,
+    error::{Error, Kind, Result},
+    settings,
+    tls::TlsConfig,
+};
+
+/// How a node reaches Postgres, and how it behaves. [`Config::from_url`] fills in everything; change the fields
+/// you care about.
+///
+/// A node uses two kinds of connection, and they may go to different addresses. The **pool** loads rows; a
+/// transaction pooler in between is fine. The **listener** must be a direct connection, or go through a pooler
+/// in session mode: LISTEN does not survive transaction pooling.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// let mut config = rowcache::Config::from_url("postgres://app@db.internal/app")?;
+/// config.load_timeout = Duration::from_secs(2);
+/// # Ok::<(), rowcache::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Config {
+    /// Where the pool connects to.
+    pub pool_connect: PgConnectOptions,
+    /// The pool's size and time limits. Loads use at most [`loads_max`](Self::loads_max) of its connections at
+    /// a time; the rest are yours, through [`Node::pool`](crate::Node::pool).
+    pub pool: PgPoolOptions,
+    /// Where the LISTEN connection, and a second one that sends fences, connect to.
+    pub listener: tokio_postgres::Config,
+    /// TLS of the listener's connections. The pool's is part of [`pool_connect`](Self::pool_connect).
+    pub listener_tls: TlsConfig,
+
+    /// A fence is sent this long after the last one. Each takes one transaction id of the server and no disk
+    /// flush. Default 1 s.
+    pub beat: Duration,
+    /// A fence that has not come back after this long is a gap: the connection is given up. Must be longer
+    /// than `beat`. Default 3 s.
+    pub beat_timeout: Duration,
+    /// Entries are served for at most this long after the last fence that came back was *sent*: the bound on
+    /// staleness when something between Postgres and this node is stuck. Must be longer than `beat`.
+    /// Default 5 s.
+    pub lease: Duration,
+    /// Fences, which [`barrier`](crate::Node::barrier) shares among its callers, are at least this far apart.
+    /// Default 5 ms, so that a busy node cannot use up more than 200 transaction ids a second.
+    pub fence_spacing: Duration,
+
+    /// SQL statements that load rows at the same time, all tables together. At least 1. Default 4: each takes
+    /// whatever has queued up meanwhile, so more statements mean smaller ones, not more rows.
+    pub loads_max: usize,
+    /// Keys in one statement. At least 1. Default 512: throughput hardly grows beyond.
+    pub load_keys_max: usize,
+    /// A load, with its wait for a free connection of the pool, fails after this long. Default 5 s.
+    pub load_timeout: Duration,
+
+    /// Messages received and not yet applied, in bytes. Beyond this, everything is forgotten instead.
+    /// Default 64 MiB.
+    pub inbox_bytes_max: usize,
+    /// Events that a slow [subscriber](crate::Node::subscribe) may be behind before it loses some.
+    /// Default 4096.
+    pub events_max: usize,
+}
+
+impl Config {
+    /// Both kinds of connection to the address in `url`:
+    ///
+    /// ```text
+    /// postgres://user:password@host:5432/database?sslmode=verify-full&sslrootcert=/etc/ca.pem
+    /// ```
+    ///
+    /// Two drivers are at work, and they do not understand the same parameters. Only those that both can be
+    /// given are accepted. No environment variable and no password file is read.
+    ///
+    /// # Errors
+    ///
+    /// [`is_config`](Error::is_config) for a parameter that cannot be honoured, which the message names.
+    pub fn from_url(url: &str) -> Result<Self> {
+        let target = settings::parse(url)?;
+        Ok(Self::new(target.pool, target.listener, target.tls))
+    }
+
+    /// The two kinds of connection given apart, for instance a pool that goes through a transaction pooler and
+    /// a listener that does not.
+    #[must_use]
+    pub fn new(pool_connect: PgConnectOptions, listener: tokio_postgres::Config, listener_tls: TlsConfig) -> Self {
+        Self {
+            pool_connect,
+            pool: default_pool(),
+            listener,
+            listener_tls,
+            beat: Duration::from_secs(1),
+            beat_timeout: Duration::from_secs(3),
+            lease: Duration::from_secs(5),
+            fence_spacing: Duration::from_millis(5),
+            loads_max: 4,
+            load_keys_max: 512,
+            load_timeout: Duration::from_secs(5),
+            inbox_bytes_max: 64 << 20,
+            events_max: 4096,
+        }
+    }
+
+    pub(crate) fn timing(&self) -> Timing {
+        Timing { beat: self.beat, beat_timeout: self.beat_timeout, lease: self.lease, spacing: self.fence_spacing }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let wrong = |message| Err(Error::new(Kind::Config, message));
+        if self.beat.is_zero() {
+            return wrong("`beat` must be longer than zero");
+        }
+        if self.beat_timeout <= self.beat {
+            return wrong("`beat_timeout` must be longer than `beat`, or every fence would be late");
+        }
+        if self.lease <= self.beat {
+            return wrong("`lease` must be longer than `beat`, or it would run out between two fences");
+        }
+        if self.loads_max == 0 || self.load_keys_max == 0 {
+            return wrong("`loads_max` and `load_keys_max` must be at least 1, or nothing could be loaded");
+        }
+        if self.events_max == 0 {
+            return wrong("`events_max` must be at least 1");
+        }
+        Ok(())
+    }
+}
+
+/// Connections that were idle for longer than this are tried before they are used. Others are not: it would
+/// double the time of a load, and a load that meets a dead connection takes another one.
+const IDLE_UNTRIED: Duration = Duration::from_secs(1);
+
+fn default_pool() -> PgPoolOptions {
+    PgPoolOptions::new().test_before_acquire(false).before_acquire(|connection, meta| {
+        Box::pin(async move {
+            if meta.idle_for > IDLE_UNTRIED {
+                sqlx::Connection::ping(connection).await?;
+            }
+            Ok(true)
+        })
+    })
+}
+
+/// Options of one table. More will come; start from `Default`.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct TableOptions {
+    /// Entries held, absent ones included, before the least useful are evicted. Default 100,000.
+    pub capacity: usize,
+}
+
+impl Default for TableOptions {
+    fn default() -> Self {
+        Self { capacity: 100_000 }
+    }
+}
+
+impl TableOptions {
+    /// With this many entries at most.
+    #[must_use]
+    pub fn capacity(mut self, entries: usize) -> Self {
+        self.capacity = entries;
+        self
+    }
+}

@@ -1,0 +1,98 @@
+//! What the listener has received and the applier has not yet applied.
+//!
+//! Bounded in bytes, and never in the way of the socket: a listener that is not read makes Postgres keep the
+//! messages of every session, and in the end refuse commits. When the bound is reached, the changes in the box
+//! are replaced by one that covers them all: forget everything (I6). Fences stay, behind it, so a fence still
+//! comes after every change that was received before it.
+
+use std::collections::VecDeque;
+
+use tokio::sync::Notify;
+
+use crate::sync::{Mutex, lock};
+
+/// One thing to apply, in the order of the channel.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Item {
+    /// A message of the channel, as it came.
+    Message(String),
+    /// A message of the node's own channel: a fence.
+    Own(String),
+    /// More came in than the box holds: stands for all of it.
+    Overflow,
+}
+
+pub(crate) struct Inbox {
+    /// Protects what is in the box.
+    content: Mutex<Content>,
+    arrived: Notify,
+    bytes_max: usize,
+}
+
+#[derive(Default)]
+struct Content {
+    items: VecDeque<Item>,
+    bytes: usize,
+}
+
+impl Inbox {
+    pub(crate) fn new(bytes_max: usize) -> Self {
+        Self { content: Mutex::default(), arrived: Notify::new(), bytes_max }
+    }
+
+    /// Adds what was received. Returns whether the box overflowed.
+    pub(crate) fn push(&self, item: Item) -> bool {
+        let mut content = lock(&self.content);
+        content.bytes += match &item {
+            Item::Message(payload) => payload.len() + size_of::<Item>(),
+            Item::Own(_) | Item::Overflow => 0,
+        };
+        content.items.push_back(item);
+        let overflowed = content.bytes > self.bytes_max;
+        if overflowed {
+            content.items.retain(|item| matches!(item, Item::Own(_)));
+            content.items.push_front(Item::Overflow);
+            content.bytes = 0;
+        }
+        drop(content);
+        self.arrived.notify_one();
+        overflowed
+    }
+
+    /// Waits until there is something, and takes it all.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is taken before this returns.
+    pub(crate) async fn take(&self) -> VecDeque<Item> {
+        loop {
+            let items = {
+                let mut content = lock(&self.content);
+                content.bytes = 0;
+                std::mem::take(&mut content.items)
+            };
+            if !items.is_empty() {
+                return items;
+            }
+            self.arrived.notified().await;
+        }
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_overflow_covers_what_it_replaces_and_keeps_the_fences() {
+        let inbox = Inbox::new(500);
+        let message = || Item::Message("x".repeat(100));
+        assert!(!inbox.push(message()));
+        assert!(!inbox.push(Item::Own("fence".into())));
+        assert!(!inbox.push(message()));
+        assert!(!inbox.push(message()));
+        assert!(inbox.push(message()));
+        assert!(!inbox.push(message()));
+        assert_eq!(inbox.take().await, [Item::Overflow, Item::Own("fence".into()), message()]);
+    }
+}

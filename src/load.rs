@@ -1,0 +1,28 @@
+//! Runs the loads of one table: greedy batches, without a timer.
+//!
+//! A runner waits for its turn among the node's loads, and then takes whatever has queued up meanwhile as one
+//! statement. So a lone miss goes out at once as `= $1`, and under load the statements grow by themselves.
+
+use std::sync::Arc;
+
+use crate::{key::Key, node::Shared, source::Source, store::Runner};
+
+/// Loads until nothing waits. Runs in a task of its own, so that a caller who is cancelled harms nobody.
+pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
+    mut runner: Runner<K, V>,
+    source: Arc<dyn Source<K, V>>,
+    shared: Arc<Shared>,
+) {
+    loop {
+        // Never closed, so never an error; the permit is held until the rows are published.
+        let _turn = shared.loads.acquire().await;
+        let Some(keys) = runner.take() else { return };
+        match source.load(keys).await {
+            Ok(loaded) => {
+                let ours = shared.is_ours(loaded.incarnation) && !loaded.dirty;
+                runner.finish(loaded.rows, ours);
+            }
+            Err(error) => runner.fail(&error),
+        }
+    }
+}

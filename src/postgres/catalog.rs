@@ -1,0 +1,124 @@
+//! What Postgres knows about a table that is to be cached, asked through `rowcache.describe`.
+
+use sqlx::{FromRow, PgPool};
+
+use crate::{
+    error::{Error, Kind, Result},
+    key::{Key, KeyType},
+    postgres::{database_error, schema_hint},
+    tables::Trust,
+};
+
+/// One row of `rowcache.describe`.
+#[derive(Clone, Debug, Default, FromRow)]
+pub(crate) struct Description {
+    /// `schema.table`, quoted where Postgres would quote it; `None` when there is no such table.
+    pub(crate) relation: Option<String>,
+    pub(crate) key_columns: Vec<String>,
+    pub(crate) key_types: Vec<String>,
+    pub(crate) tracked: bool,
+    pub(crate) problems: Vec<String>,
+    pub(crate) fingerprint: Option<String>,
+}
+
+/// The columns asked for, in the order of [`Description`].
+pub(crate) const DESCRIBE: &str = "select relation, coalesce(key_columns, '{}') as key_columns, \
+     coalesce(key_types, '{}') as key_types, tracked, coalesce(problems, '{}') as problems, fingerprint \
+     from rowcache.describe($1)";
+
+/// A table that can be cached under keys of a certain type.
+#[derive(Clone, Debug)]
+pub(crate) struct TrackedTable {
+    pub(crate) name: String,
+    pub(crate) key_columns: Vec<String>,
+    pub(crate) trust: Trust,
+}
+
+/// Looks up a table in the catalogue, and whether it can be cached under `K`.
+pub(crate) async fn open<K: Key>(pool: &PgPool, name: &str) -> Result<TrackedTable> {
+    let description: Description = sqlx::query_as(DESCRIBE)
+        .bind(name)
+        .fetch_one(pool)
+        .await
+        .map_err(|error| schema_hint(&error).unwrap_or_else(|| database_error("looking up", name, error)))?;
+    description.check::<K>(name)
+}
+
+impl Description {
+    /// What the table looks like, if its triggers are whole; else what is wrong with them.
+    pub(crate) fn whole(self) -> Result<Trust, String> {
+        let key = self.key();
+        match (self.fingerprint, self.tracked) {
+            (None, _) => Err("the table is gone".into()),
+            (Some(_), false) => Err("it is not tracked any more".into()),
+            (Some(fingerprint), true) if self.problems.is_empty() => Ok(Trust { fingerprint, key }),
+            (Some(_), true) => Err(self.problems.join("; ")),
+        }
+    }
+
+    /// The table, if it can be cached under `K`; else what is in the way and the cure.
+    fn check<K: Key>(self, name: &str) -> Result<TrackedTable> {
+        let Some(relation) = self.relation.clone() else {
+            return Err(Error::new(
+                Kind::Table,
+                format!(
+                    "there is no table {name} in this database (a name without its schema is looked up in the search_path)"
+                ),
+            ));
+        };
+        if !self.tracked {
+            return Err(if self.key_columns.is_empty() {
+                Error::new(
+                    Kind::Table,
+                    format!(
+                        "{relation} has no primary key; add one, or name unique columns: rowcache track {relation} --key COLUMN"
+                    ),
+                )
+            } else {
+                Error::new(Kind::NotTracked, format!("{relation} is not tracked; run: rowcache track {relation}"))
+            });
+        }
+        if !self.problems.is_empty() {
+            return Err(Error::new(
+                Kind::NotTracked,
+                format!("{relation} is not tracked as it should be: {}", self.problems.join("; ")),
+            ));
+        }
+        check_key::<K>(&relation, &self)?;
+        let key = self.key();
+        let fingerprint = self
+            .fingerprint
+            .ok_or_else(|| Error::new(Kind::Table, format!("{relation} was dropped while it was being looked up")))?;
+        Ok(TrackedTable { name: relation, key_columns: self.key_columns, trust: Trust { fingerprint, key } })
+    }
+
+    /// The key as `id bigint, code text`.
+    fn key(&self) -> String {
+        let columns = self.key_columns.iter().zip(&self.key_types);
+        columns.map(|(column, of)| format!("{column} {of}")).collect::<Vec<_>>().join(", ")
+    }
+}
+
+fn check_key<K: Key>(table: &str, description: &Description) -> Result<()> {
+    let wanted = K::types();
+    let known: Vec<_> = description.key_types.iter().map(|name| KeyType::from_postgres(name)).collect();
+    if known.iter().copied().eq(wanted.iter().copied().map(Some)) {
+        return Ok(());
+    }
+    let rust = |types: Vec<KeyType>| {
+        let names: Vec<_> = types.into_iter().map(KeyType::rust).collect();
+        if let [one] = names[..] { one.to_owned() } else { format!("({})", names.join(", ")) }
+    };
+    let cure = known.into_iter().collect::<Option<Vec<_>>>().map_or_else(
+        || "no key type of this library holds that yet".to_owned(),
+        |types| format!("use Table<{}, _>", rust(types)),
+    );
+    Err(Error::new(
+        Kind::Table,
+        format!(
+            "the key of {table} is ({}), which does not fit a key of type {}; {cure}",
+            description.key(),
+            rust(wanted),
+        ),
+    ))
+}

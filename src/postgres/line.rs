@@ -1,0 +1,295 @@
+//! The line to Postgres that coherence hangs on: the LISTEN connection, and a second one that sends fences.
+//!
+//! The LISTEN connection is never used for anything else once it listens. While a backend executes a statement
+//! it forwards no notifications, and a fence can wait for a lock behind a stuck writer (X11). Its task decodes
+//! and hands over, and waits for nothing but the socket: a client that does not read makes Postgres keep every
+//! session's messages.
+//!
+//! tokio-postgres, and not sqlx's `PgListener`, because that one reconnects on its own without telling: a gap
+//! would be invisible (`tests/upstream.rs`).
+
+use std::{
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_postgres::{AsyncMessage, Client, Connection, Statement, error::SqlState, types::Type};
+use uuid::Uuid;
+
+use crate::{
+    change::{self, CHANNEL},
+    coherence::{Fence, Incarnation},
+    config::Config,
+    error::{Error, Kind, Result},
+    postgres::{
+        catalog::{DESCRIBE, Description},
+        is_missing, is_shutdown, schema_too_old,
+    },
+};
+
+/// The oldest and the newest version of the schema that this library works with.
+const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
+
+/// Settings of both sessions. Nothing may time out an idle listener; a dead peer must not hold the server's
+/// notification queue for hours; a fence must not wait for ever.
+const SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; \
+     set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3";
+
+/// Something that the line received.
+pub(crate) enum Received {
+    /// A message of the channel that all nodes listen to.
+    Change(String),
+    /// A message of the node's own channel.
+    Own(String),
+}
+
+/// Both connections, listening.
+pub(crate) struct Line {
+    pub(crate) incarnation: Incarnation,
+    control: Client,
+    /// Says nothing any more, but dropping it would end its connection.
+    _listener: Client,
+    /// What the tasks find out once this is set is no news.
+    given_up: Arc<AtomicBool>,
+    fingerprints: Statement,
+    describe: Statement,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Release);
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Connects, listens, and returns once LISTEN has returned. From then on `received` is called with everything
+/// that arrives, and `lost` once, when either connection ends.
+pub(crate) async fn open(
+    config: &Config,
+    own_channel: &str,
+    received: impl Fn(Received) + Send + Sync + 'static,
+    lost: impl FnOnce(String) + Clone + Send + 'static,
+) -> Result<Line> {
+    let given_up = Arc::new(AtomicBool::new(false));
+    let lost = {
+        let given_up = Arc::clone(&given_up);
+        move |how| {
+            if !given_up.load(Ordering::Acquire) {
+                lost(how);
+            }
+        }
+    };
+    let (listener, listening) = connect(config, "listener", received, lost.clone()).await?;
+    let incarnation = prepare(&listener).await?;
+    let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"");
+    listener.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
+
+    let (control, sending) = connect(config, "control", |_| {}, lost).await?;
+    let set = format!("{SETTINGS}; set lock_timeout = {}", config.beat_timeout.as_millis().min(1_000_000));
+    control.batch_execute(&set).await.map_err(|error| setup_error("setting up the control session failed", error))?;
+    let fingerprints = "select name, fingerprint from rowcache.fingerprints($1)";
+    let fingerprints = control
+        .prepare_typed(fingerprints, &[Type::TEXT_ARRAY])
+        .await
+        .map_err(|error| setup_error("preparing the check of triggers failed", error))?;
+    let describe = control
+        .prepare_typed(DESCRIBE, &[Type::TEXT])
+        .await
+        .map_err(|error| setup_error("preparing the check of triggers failed", error))?;
+    Ok(Line {
+        incarnation,
+        control,
+        _listener: listener,
+        given_up,
+        fingerprints,
+        describe,
+        tasks: [listening, sending],
+    })
+}
+
+/// One session; its task calls `received` and `lost`.
+async fn connect(
+    config: &Config,
+    role: &str,
+    received: impl Fn(Received) + Send + Sync + 'static,
+    lost: impl FnOnce(String) + Send + 'static,
+) -> Result<(Client, JoinHandle<()>)> {
+    let mut settings = config.listener.clone();
+    let name = settings.get_application_name().map_or_else(|| "rowcache".to_owned(), ToOwned::to_owned);
+    settings.application_name(format!("{name} ({role})"));
+    let connecting = settings.connect(config.listener_tls.connector()?);
+    let (client, connection) = match timeout(config.beat_timeout.max(Duration::from_secs(1)), connecting).await {
+        Ok(connected) => connected.map_err(|error| connect_error(config, error))?,
+        Err(_) => {
+            return Err(Error::new(
+                Kind::Unavailable,
+                format!("connecting to {} took too long", address(&config.listener)),
+            ));
+        }
+    };
+    let task = tokio::spawn(async move {
+        let how = pump(connection, received).await;
+        lost(how);
+    });
+    Ok((client, task))
+}
+
+/// Drives a connection until it ends; returns how it ended.
+async fn pump<S, T>(mut connection: Connection<S, T>, received: impl Fn(Received) + Sync) -> String
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        match poll_fn(|context| connection.poll_message(context)).await {
+            Some(Ok(AsyncMessage::Notification(message))) => {
+                let payload = message.payload().to_owned();
+                received(if message.channel() == CHANNEL { Received::Change(payload) } else { Received::Own(payload) });
+            }
+            Some(Ok(AsyncMessage::Notice(notice))) => tracing::debug!(%notice, "notice from Postgres"),
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return with_causes(&error),
+            None => return "closed".to_owned(),
+        }
+    }
+}
+
+/// Checks that this session can be a listener, and learns which server it is on. All before LISTEN.
+async fn prepare(listener: &Client) -> Result<Incarnation> {
+    let row = listener
+        .query_one("select pg_is_in_recovery(), current_setting('server_version_num')::int", &[])
+        .await
+        .map_err(|error| setup_error("setting up the LISTEN session failed", error))?;
+    if row.get(0) {
+        return Err(Error::new(
+            Kind::Standby,
+            "the listener reached a standby, where Postgres does not allow LISTEN; connect it to the primary",
+        ));
+    }
+    let mut settings = SETTINGS.to_owned();
+    if row.get::<_, i32>(1) >= 140_000 {
+        settings.push_str("; set idle_session_timeout = 0");
+    }
+    let setup = |error| setup_error("setting up the LISTEN session failed", error);
+    listener.batch_execute(&settings).await.map_err(setup)?;
+    let version: i32 = listener.query_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0);
+    if version < *SCHEMA_VERSIONS.start() {
+        return Err(schema_too_old());
+    }
+    if version > *SCHEMA_VERSIONS.end() {
+        return Err(Error::new(
+            Kind::SchemaTooNew,
+            format!(
+                "the schema `rowcache` of this database has version {version}, and this library knows it up to \
+                 version {}; use a newer release of rowcache",
+                SCHEMA_VERSIONS.end()
+            ),
+        ));
+    }
+    listener.batch_execute("select rowcache.incarnation()").await.map_err(setup)?;
+    let row = listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
+    let canary: Option<Uuid> = row.get(0);
+    let canary = canary.ok_or_else(|| {
+        Error::new(Kind::Unavailable, "the canary of schema `rowcache` disappeared while it was read")
+    })?;
+    Ok(Incarnation { canary, started: row.get(1) })
+}
+
+impl Line {
+    /// Sends a fence. `Ok(false)`: it waited too long for the lock that orders commits, and was not sent.
+    pub(crate) async fn send(&self, channel: &str, fence: Fence) -> Result<bool> {
+        let payload = change::fence_payload(fence.nonce);
+        match self.control.execute("select pg_notify($1, $2)", &[&channel, &payload]).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(false),
+            Err(error) => Err(setup_error("sending a fence failed", error)),
+        }
+    }
+
+    /// What the triggers of these tables look like now; `None` for a table that is gone.
+    pub(crate) async fn fingerprints(&self, names: &[String]) -> Result<Vec<(String, Option<String>)>> {
+        let rows = self.control.query(&self.fingerprints, &[&names]).await;
+        let rows = rows.map_err(|error| setup_error("checking triggers failed", error))?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    /// A table as it is now.
+    pub(crate) async fn describe(&self, name: &str) -> Result<Description> {
+        let row = self.control.query_one(&self.describe, &[&name]).await;
+        let row = row.map_err(|error| setup_error("verifying a table failed", error))?;
+        Ok(Description {
+            relation: row.get("relation"),
+            key_columns: row.get("key_columns"),
+            key_types: row.get("key_types"),
+            tracked: row.get("tracked"),
+            problems: row.get("problems"),
+            fingerprint: row.get("fingerprint"),
+        })
+    }
+}
+
+/// Where a connection goes to, without its secrets.
+fn address(config: &tokio_postgres::Config) -> String {
+    use tokio_postgres::config::Host;
+    let hosts: Vec<_> = config
+        .get_hosts()
+        .iter()
+        .map(|host| match host {
+            Host::Tcp(name) => name.clone(),
+            #[cfg(unix)]
+            Host::Unix(path) => path.display().to_string(),
+        })
+        .collect();
+    let ports: Vec<_> = config.get_ports().iter().map(ToString::to_string).collect();
+    format!("{} port {}", hosts.join(","), if ports.is_empty() { "5432".to_owned() } else { ports.join(",") })
+}
+
+fn connect_error(config: &Config, error: tokio_postgres::Error) -> Error {
+    let user = config.listener.get_user().unwrap_or("(none)");
+    let what = match error.code() {
+        Some(&SqlState::INVALID_PASSWORD | &SqlState::INVALID_AUTHORIZATION_SPECIFICATION) => {
+            format!("{} refused to let user {user} in", address(&config.listener))
+        }
+        Some(&SqlState::INVALID_CATALOG_NAME) => {
+            let database = config.listener.get_dbname().unwrap_or(user);
+            format!("{} has no database {database}", address(&config.listener))
+        }
+        _ => format!("cannot connect to {} as user {user}", address(&config.listener)),
+    };
+    Error::with(Kind::Unavailable, what, error)
+}
+
+fn setup_error(what: &str, error: tokio_postgres::Error) -> Error {
+    match error.code() {
+        Some(code) if is_missing(code.code()) => schema_too_old(),
+        Some(code) if !is_shutdown(code.code()) => Error::with(Kind::Table, what, error),
+        _ => Error::with(Kind::Unavailable, what, error),
+    }
+}
+
+/// An error with its causes on one line.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let next_text = next.to_string();
+        if !text.contains(&next_text) {
+            text.push_str(": ");
+            text.push_str(&next_text);
+        }
+        cause = next.source();
+    }
+    text
+}

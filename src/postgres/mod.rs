@@ -1,0 +1,52 @@
+//! The only place with SQL and sockets.
+
+pub(crate) mod catalog;
+pub(crate) mod line;
+pub(crate) mod rows;
+
+use crate::error::{Error, Kind};
+
+/// Whether the connection, and not the statement, is what failed.
+pub(crate) fn is_connection_error(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| is_shutdown(&code)),
+        _ => false,
+    }
+}
+
+/// `57P01` to `57P05`: the server or an administrator ended the session, or it is not yet up. `08…`: the
+/// connection failed.
+fn is_shutdown(code: &str) -> bool {
+    code.starts_with("57P") || code.starts_with("08")
+}
+
+/// An error of the pool's driver. `doing` and `what` say what was attempted: "loading", "public.users 7".
+pub(crate) fn database_error(doing: &str, what: &str, error: sqlx::Error) -> Error {
+    let kind = match &error {
+        sqlx::Error::PoolClosed => Kind::Closed,
+        sqlx::Error::PoolTimedOut => Kind::Timeout,
+        error if is_connection_error(error) => Kind::Unavailable,
+        sqlx::Error::Tls(_) => Kind::Unavailable,
+        _ => Kind::Table,
+    };
+    Error::with(kind, format!("{doing} {what} failed"), error)
+}
+
+/// What to say when our own schema is missing or incomplete.
+pub(crate) fn schema_hint(error: &sqlx::Error) -> Option<Error> {
+    let code = error.as_database_error()?.code()?;
+    is_missing(&code).then(|| schema_too_old())
+}
+
+/// `3F000` no such schema, `42883` no such function, `42P01` no such table.
+fn is_missing(code: &str) -> bool {
+    matches!(code, "3F000" | "42883" | "42P01")
+}
+
+pub(crate) fn schema_too_old() -> Error {
+    Error::new(
+        Kind::SchemaTooOld,
+        "this database has no schema `rowcache`, or an older one than this library needs; run: rowcache migrate up",
+    )
+}

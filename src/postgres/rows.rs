@@ -1,0 +1,281 @@
+//! Loads rows by key: one statement for one key, one statement for many.
+//!
+//! Each statement also returns its *stamp* (view `rowcache.stamp`): the incarnation of the server that
+//! answered, and whether the statement could see changes of its own that may yet be rolled back.
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    future::Future,
+    marker::PhantomData,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    time::Duration,
+};
+
+use sqlx::{
+    AssertSqlSafe, Connection, FromRow, PgConnection, PgPool, Row,
+    postgres::{PgArguments, PgRow},
+};
+use tokio::time::{Instant, timeout_at};
+use uuid::Uuid;
+
+use crate::{
+    coherence::Incarnation,
+    error::{Error, Kind, Result},
+    key::{self, Key, KeyPart, KeyType},
+    postgres::{catalog::TrackedTable, database_error, is_connection_error},
+    source::{Loaded, Source},
+};
+
+/// Loads rows of one table into values of type `V`.
+pub(crate) struct Rows<K, V> {
+    pool: PgPool,
+    table: String,
+    one: String,
+    many: String,
+    timeout: Duration,
+    types: PhantomData<fn() -> (K, V)>,
+}
+
+/// A connection that was found dead is replaced by another one this often.
+const TRIES: usize = 3;
+
+impl<K: Key, V> Rows<K, V> {
+    pub(crate) fn new(pool: PgPool, table: &TrackedTable, timeout: Duration) -> Self {
+        let columns: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
+        let keys: String =
+            columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
+        let select = format!(
+            "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
+             s.dirty as \"rowcache.dirty\" from rowcache.stamp s left join "
+        );
+        let name = &table.name;
+        let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = ${}", n + 1)).collect();
+        let one = format!("{select}{name} t on {}", equal.join(" and "));
+        let many = if let [column] = &columns[..] {
+            format!("{select}{name} t on t.{column} = any($1)")
+        } else {
+            let arrays: Vec<_> =
+                K::types().iter().enumerate().map(|(n, of)| format!("${}::{}[]", n + 1, of.postgres())).collect();
+            let names: Vec<_> = (0..columns.len()).map(|n| format!("k{n}")).collect();
+            let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = k.k{n}")).collect();
+            format!(
+                "{select}(unnest({}) as k({}) join {name} t on {}) on true",
+                arrays.join(", "),
+                names.join(", "),
+                equal.join(" and ")
+            )
+        };
+        Self { pool, table: table.name.clone(), one, many, timeout, types: PhantomData }
+    }
+}
+
+impl<K, V> Source<K, V> for Rows<K, V>
+where
+    K: Key,
+    V: for<'r> FromRow<'r, PgRow> + Send + Unpin + 'static,
+{
+    fn load<'a>(&'a self, keys: &'a [K]) -> Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>> {
+        Box::pin(async move {
+            let rows = self.fetch(keys).await?;
+            self.decode(keys, &rows)
+        })
+    }
+}
+
+impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
+    /// Runs the statement, on another connection when the first one turns out to be dead.
+    async fn fetch(&self, keys: &[K]) -> Result<Vec<PgRow>> {
+        let deadline = Instant::now() + self.timeout;
+        let mut tries = 1;
+        loop {
+            let mut connection = match timeout_at(deadline, self.pool.acquire()).await {
+                Ok(Ok(connection)) => connection,
+                Ok(Err(sqlx::Error::PoolTimedOut)) | Err(_) => {
+                    return Err(Error::new(
+                        Kind::Timeout,
+                        format!(
+                            "no connection of the pool came free for a load of {} within {:?}; the pool has {}",
+                            self.of(keys),
+                            self.timeout,
+                            self.pool.options().get_max_connections(),
+                        ),
+                    ));
+                }
+                Ok(Err(error)) if is_connection_error(&error) && tries < TRIES => {
+                    tries += 1;
+                    continue;
+                }
+                Ok(Err(error)) => return Err(database_error("loading", &self.of(keys), error)),
+            };
+            match timeout_at(deadline, self.run(&mut connection, keys)).await {
+                Ok(Ok(rows)) => return Ok(rows),
+                // Dropped, not returned to the pool: it is broken.
+                Ok(Err(error)) if is_connection_error(&error) && tries < TRIES => {
+                    drop(connection.detach());
+                    tries += 1;
+                }
+                Ok(Err(error)) => return Err(database_error("loading", &self.of(keys), error)),
+                // Dropped too: the statement may still be running, and the next user would have to wait for it.
+                Err(_) => {
+                    drop(connection.detach());
+                    return Err(Error::new(
+                        Kind::Timeout,
+                        format!("loading {} took longer than {:?} (`load_timeout`)", self.of(keys), self.timeout),
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Runs the statement once more when its prepared form no longer fits the table, which was altered.
+    async fn run(&self, connection: &mut PgConnection, keys: &[K]) -> sqlx::Result<Vec<PgRow>> {
+        match self.query(keys).fetch_all(&mut *connection).await {
+            Err(error) if is_stale_plan(&error) => {
+                connection.clear_cached_statements().await?;
+                self.query(keys).fetch_all(connection).await
+            }
+            result => result,
+        }
+    }
+
+    fn query(&self, keys: &[K]) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
+        if let [key] = keys {
+            let query = sqlx::query(AssertSqlSafe(self.one.clone()));
+            return key.to_parts().into_iter().zip(K::types()).fold(query, |query, (part, of)| match (part, of) {
+                (KeyPart::Int(value), KeyType::Int2) => query.bind(narrow::<i16>(value)),
+                (KeyPart::Int(value), KeyType::Int4) => query.bind(narrow::<i32>(value)),
+                (KeyPart::Int(value), _) => query.bind(value),
+                (KeyPart::Text(value), _) => query.bind(value.into_owned()),
+                (KeyPart::Uuid(value), _) => query.bind(value),
+            });
+        }
+        let mut columns: Vec<Vec<KeyPart<'_>>> = K::types().iter().map(|_| Vec::new()).collect();
+        for key in keys {
+            for (column, part) in columns.iter_mut().zip(key.to_parts()) {
+                column.push(part);
+            }
+        }
+        let query = sqlx::query(AssertSqlSafe(self.many.clone()));
+        columns.into_iter().zip(K::types()).fold(query, |query, (column, of)| {
+            let column = column.into_iter();
+            match of {
+                KeyType::Int2 => query.bind(column.map(int).map(narrow::<i16>).collect::<Vec<_>>()),
+                KeyType::Int4 => query.bind(column.map(int).map(narrow::<i32>).collect::<Vec<_>>()),
+                KeyType::Int8 => query.bind(column.map(int).collect::<Vec<_>>()),
+                KeyType::Text => query.bind(column.map(|part| part.to_string()).collect::<Vec<_>>()),
+                KeyType::Uuid => query.bind(column.map(uuid).collect::<Vec<_>>()),
+            }
+        })
+    }
+
+    fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
+        let first = rows.first().ok_or_else(|| self.broken("the statement returned no row"))?;
+        let stamp = |error| database_error("reading the stamp of", &self.table, error);
+        let canary: Option<Uuid> = first.try_get("rowcache.canary").map_err(stamp)?;
+        let started: i64 = first.try_get("rowcache.started").map_err(stamp)?;
+        let dirty: bool = first.try_get("rowcache.dirty").map_err(stamp)?;
+        let mut found = HashMap::with_capacity(rows.len());
+        for row in rows {
+            let Some(key) = self.key_of(row)? else { continue };
+            let value = decode(row).map_err(|error| {
+                let key = key::display(&key.to_parts());
+                Error::with(Kind::Decode, format!("{} {key} could not be decoded", self.table), error)
+            });
+            if let Some(_other) = found.insert(key.clone(), value) {
+                let key_text = key::display(&key.to_parts());
+                let message = format!("more than one row of {} has the key {key_text}", self.table);
+                found.insert(key, Err(Error::new(Kind::Table, message)));
+            }
+        }
+        Ok(Loaded {
+            rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
+            incarnation: canary.map(|canary| Incarnation { canary, started }),
+            dirty,
+        })
+    }
+
+    /// The key of a row; `None` for the one row that stands for "none found" and carries but the stamp.
+    fn key_of(&self, row: &PgRow) -> Result<Option<K>> {
+        let read = |error| database_error("reading the key of", &self.table, error);
+        let mut parts = Vec::new();
+        for (n, of) in K::types().into_iter().enumerate() {
+            let column = format!("rowcache.key.{n}");
+            let column = column.as_str();
+            let part = match of {
+                KeyType::Int2 => row.try_get::<Option<i16>, _>(column).map_err(read)?.map(|it| KeyPart::Int(it.into())),
+                KeyType::Int4 => row.try_get::<Option<i32>, _>(column).map_err(read)?.map(|it| KeyPart::Int(it.into())),
+                KeyType::Int8 => row.try_get::<Option<i64>, _>(column).map_err(read)?.map(KeyPart::Int),
+                KeyType::Text => {
+                    row.try_get::<Option<String>, _>(column).map_err(read)?.map(|it| KeyPart::Text(it.into()))
+                }
+                KeyType::Uuid => row.try_get::<Option<Uuid>, _>(column).map_err(read)?.map(KeyPart::Uuid),
+            };
+            match part {
+                Some(part) => parts.push(part),
+                None => return Ok(None),
+            }
+        }
+        K::from_parts(&parts).map(Some).ok_or_else(|| self.broken("the key column has another type than the key"))
+    }
+
+    fn broken(&self, what: &str) -> Error {
+        Error::new(Kind::Table, format!("loading {}: {what}", self.table))
+    }
+
+    /// What is being loaded, for messages.
+    fn of(&self, keys: &[K]) -> String {
+        match keys {
+            [key] => format!("{} {}", self.table, key::display(&key.to_parts())),
+            keys => format!("{} rows of {}", keys.len(), self.table),
+        }
+    }
+}
+
+/// Decodes a row with the user's code, which may panic: that must reach those who asked for this row, and
+/// nobody else.
+fn decode<V: for<'r> FromRow<'r, PgRow>>(row: &PgRow) -> Result<V, Box<dyn std::error::Error + Send + Sync>> {
+    match catch_unwind(AssertUnwindSafe(|| V::from_row(row))) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(error.into()),
+        Err(panic) => Err(format!("the decoder panicked: {}", panic_message(&*panic)).into()),
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(no message)")
+}
+
+/// `ALTER TABLE` changed the columns under a prepared `select t.*`.
+fn is_stale_plan(error: &sqlx::Error) -> bool {
+    const FEATURE_NOT_SUPPORTED: &str = "0A000";
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == FEATURE_NOT_SUPPORTED)
+}
+
+fn int(part: KeyPart<'_>) -> i64 {
+    match part {
+        KeyPart::Int(value) => value,
+        other => unreachable!("an integer key has integer parts, not {other:?}"),
+    }
+}
+
+fn uuid(part: KeyPart<'_>) -> Uuid {
+    match part {
+        KeyPart::Uuid(value) => value,
+        other => unreachable!("a uuid key has uuid parts, not {other:?}"),
+    }
+}
+
+fn narrow<T: TryFrom<i64>>(value: i64) -> T {
+    T::try_from(value).ok().expect("a key's parts fit the types it declares")
+}
+
+/// An SQL identifier.
+fn quote(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}

@@ -1,0 +1,22 @@
+//! Where rows come from: the one interface between loads and a database.
+
+use std::{future::Future, pin::Pin};
+
+use crate::{coherence::Incarnation, error::Result};
+
+/// Reads rows by key.
+pub(crate) trait Source<K, V>: Send + Sync {
+    /// Reads the rows of these keys, each key once, in one statement of its own: never inside a transaction
+    /// that began earlier, whose snapshot could be older than a change that was already applied.
+    fn load<'a>(&'a self, keys: &'a [K]) -> Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>>;
+}
+
+/// What one statement read.
+pub(crate) struct Loaded<V> {
+    /// One result per key, in the order of the keys. `None`: no such row.
+    pub(crate) rows: Vec<Result<Option<V>>>,
+    /// The server that answered; `None` when it has lost its canary, that is, after a crash or a promotion.
+    pub(crate) incarnation: Option<Incarnation>,
+    /// The statement saw its own transaction's uncommitted changes (X14).
+    pub(crate) dirty: bool,
+}

@@ -1,0 +1,157 @@
+//! Counters of one table. Exact under concurrency; the one on the hit path is striped, so that threads that
+//! hit at the same time do not write to one cache line.
+
+use std::cell::Cell;
+
+use crossbeam_utils::CachePadded;
+
+use crate::sync::{AtomicU64, Ordering};
+
+/// Counters of one table on one node, since the table was opened. They never go back.
+///
+/// Identities, in every snapshot: `gets = hits + misses` and `misses = led + joined + declined`. When no load
+/// is running, also `loads = published + voided + uncached + failed`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Keys asked for (`peek` does not count).
+    pub gets: u64,
+    /// Keys answered from memory, absent entries included.
+    pub hits: u64,
+    /// Keys not answered from memory.
+    pub misses: u64,
+    /// Misses that asked for a load.
+    pub led: u64,
+    /// Misses that waited for a load somebody else had asked for.
+    pub joined: u64,
+    /// Misses of [`try_get`](crate::Table::try_get), which never loads.
+    pub declined: u64,
+    /// Loads of a key that were started.
+    pub loads: u64,
+    /// Loads whose result is in the cache.
+    pub published: u64,
+    /// Loads that an invalidation overtook: returned to those who had asked before it, never cached.
+    pub voided: u64,
+    /// Loads not cached because the node was not coherent, or because the row came from another server than
+    /// the one it listens to.
+    pub uncached: u64,
+    /// Loads that failed.
+    pub failed: u64,
+    /// SQL statements that were sent for these loads.
+    pub queries: u64,
+    /// Keys that a message or a call invalidated, whether they were held or not.
+    pub invalidations: u64,
+    /// Times that all entries were dropped at once: whole-table messages, `clear`, gaps.
+    pub clears: u64,
+    /// Entries held, absent ones and ones that are no longer valid included.
+    pub entries: u64,
+}
+
+/// The live counters behind [`Stats`].
+#[derive(Default)]
+pub(crate) struct Counters {
+    hits: Striped,
+    pub(crate) led: Counter,
+    pub(crate) joined: Counter,
+    pub(crate) declined: Counter,
+    pub(crate) loads: Counter,
+    pub(crate) published: Counter,
+    pub(crate) voided: Counter,
+    pub(crate) uncached: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) queries: Counter,
+    pub(crate) invalidations: Counter,
+    pub(crate) clears: Counter,
+}
+
+impl Counters {
+    pub(crate) fn hit(&self) {
+        self.hits.add(1);
+    }
+
+    pub(crate) fn snapshot(&self, entries: u64) -> Stats {
+        // Sums are taken here, of counters that were read once: an identity cannot be seen half updated.
+        let hits = self.hits.get();
+        let (led, joined, declined) = (self.led.get(), self.joined.get(), self.declined.get());
+        let misses = led + joined + declined;
+        Stats {
+            gets: hits + misses,
+            hits,
+            misses,
+            led,
+            joined,
+            declined,
+            loads: self.loads.get(),
+            published: self.published.get(),
+            voided: self.voided.get(),
+            uncached: self.uncached.get(),
+            failed: self.failed.get(),
+            queries: self.queries.get(),
+            invalidations: self.invalidations.get(),
+            clears: self.clears.get(),
+            entries,
+        }
+    }
+}
+
+/// A counter off the hit path.
+#[derive(Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Stripes of a striped counter: a power of two, enough that two busy threads rarely share one.
+const STRIPES: usize = 16;
+
+#[derive(Default)]
+struct Striped([CachePadded<AtomicU64>; STRIPES]);
+
+impl Striped {
+    fn add(&self, n: u64) {
+        self.0[stripe() % STRIPES].fetch_add(n, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.iter().map(|stripe| stripe.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// This thread's stripe: threads are dealt out in the order in which they first count something.
+fn stripe() -> usize {
+    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    thread_local! {
+        static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    STRIPE.with(|stripe| {
+        if stripe.get() == usize::MAX {
+            stripe.set(NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % STRIPES);
+        }
+        stripe.get()
+    })
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hits_are_exact_under_concurrency() {
+        let counters = Counters::default();
+        std::thread::scope(|scope| {
+            for _ in 0..40 {
+                scope.spawn(|| (0..1000).for_each(|_| counters.hit()));
+            }
+        });
+        counters.declined.add(2);
+        let stats = counters.snapshot(0);
+        assert_eq!((stats.gets, stats.hits, stats.misses), (40_002, 40_000, 2));
+    }
+}

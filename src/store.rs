@@ -1,0 +1,392 @@
+//! One table's entries and the loads under way for them: where reads and changes meet.
+//!
+//! ```text
+//! reads    lookup ── hit ──→
+//!             └ miss → ask → (queue) → Runner::take → the source → Runner::finish → publish
+//! changes  invalidate / the gate moves
+//! ```
+//!
+//! Only [`Runner::finish`] adds entries; only an invalidation, the gate, or lack of space takes them away.
+//! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
+//!
+//! **Lock order**: a key's stripe, then quick_cache's shard. The queue's lock is held with no other. No code of
+//! the user runs under any of them (values are dropped after the locks are released), with one exception:
+//! `reclaim` drops values under a shard's lock, so a value's `Drop` must not call into its own table.
+//!
+//! The race that a cache must not lose (X1), and the line that closes it:
+//!
+//! 1. a reader misses; `take` starts a load under the key's stripe lock, which queries the old row;
+//! 2. somebody commits a new row; the message arrives; `invalidate` runs under the same lock. It finds nothing
+//!    to remove, but it marks the running load void;
+//! 3. the load returns with the old row; `finish`, under the same lock, sees the mark and does not publish.
+//!
+//! quick_cache's own placeholders would do for this, but not for loads that must not overlap (X2) nor for
+//! failures that go to everybody; one record per key for all three is the smaller machine
+//! (`docs/decisions.md`).
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::BuildHasher,
+    ops::Deref,
+};
+
+use crossbeam_utils::CachePadded;
+use quick_cache::{DefaultHashBuilder, sync::Cache};
+use tokio::sync::oneshot;
+
+use crate::{
+    change::RowKey,
+    error::{Error, Kind, Result},
+    fill::{Flight, Verdict},
+    gate::{Gate, Word},
+    key::Key,
+    stats::Counters,
+    sync::{Arc, Mutex, MutexGuard, lock},
+    tables::Member,
+};
+
+/// A value held by the cache, or that has just been loaded: a shared pointer that derefs to the value.
+///
+/// It stays what it is however long it is held: a change makes the *cache* forget the row, not you.
+pub struct Cached<V>(Arc<Entry<V>>);
+
+/// What the cache knows about one key.
+pub(crate) struct Entry<V> {
+    /// What the gate showed when the load started.
+    word: Word,
+    /// `None`: there is no such row.
+    value: Option<V>,
+}
+
+impl<V> Cached<V> {
+    /// The row, if the entry is not about an absent one.
+    pub(crate) fn new(entry: Arc<Entry<V>>) -> Option<Self> {
+        entry.value.is_some().then_some(Self(entry))
+    }
+}
+
+impl<V> Deref for Cached<V> {
+    type Target = V;
+
+    fn deref(&self) -> &V {
+        self.0.value.as_ref().expect("made only of entries that hold a row")
+    }
+}
+
+impl<V> AsRef<V> for Cached<V> {
+    fn as_ref(&self) -> &V {
+        self
+    }
+}
+
+impl<V> Clone for Cached<V> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<V: std::fmt::Debug> std::fmt::Debug for Cached<V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+impl<V: PartialEq> PartialEq for Cached<V> {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl<V: Eq> Eq for Cached<V> {}
+
+/// What a caller who waits for a load receives.
+pub(crate) type Outcome<V> = Result<Arc<Entry<V>>>;
+
+type Waiter<V> = oneshot::Sender<Outcome<V>>;
+
+/// The answer to [`Store::ask`].
+pub(crate) enum Asked<V> {
+    /// The entry was published in the meantime.
+    Hit(Arc<Entry<V>>),
+    /// A load will answer.
+    Wait(oneshot::Receiver<Outcome<V>>),
+}
+
+pub(crate) struct Store<K, V> {
+    gate: Gate,
+    entries: Cache<K, Arc<Entry<V>>>,
+    pub(crate) counters: Counters,
+    /// Protects, for its share of the keys: which loads run, who waits for them, and publishing.
+    stripes: Box<[Stripe<K, V>]>,
+    hasher: DefaultHashBuilder,
+    /// Protects the keys that wait for a runner, and the number of runners.
+    queue: Mutex<Queue<K>>,
+    limits: Limits,
+}
+
+type Stripe<K, V> = CachePadded<Mutex<HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>>>;
+
+struct Queue<K> {
+    keys: VecDeque<K>,
+    runners: usize,
+}
+
+/// Bounds of one table's loads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Queries at the same time.
+    pub(crate) runners_max: usize,
+    /// Keys in one query.
+    pub(crate) batch_max: usize,
+}
+
+#[cfg(not(shuttle))]
+const STRIPES: usize = 64;
+#[cfg(shuttle)]
+const STRIPES: usize = 1;
+
+impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    pub(crate) fn new(capacity: usize, limits: Limits) -> Self {
+        let hasher = DefaultHashBuilder::default();
+        let stripe = || CachePadded::new(Mutex::new(HashMap::with_hasher(hasher.clone())));
+        Self {
+            gate: Gate::closed(),
+            entries: Cache::new(capacity),
+            counters: Counters::default(),
+            stripes: (0..STRIPES).map(|_| stripe()).collect(),
+            hasher,
+            queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
+            limits,
+        }
+    }
+
+    /// The entry of `key`, if it may be served. Counts a hit; a miss is counted by what the caller does next.
+    #[inline]
+    pub(crate) fn lookup(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        let entry = self.entries.get(key)?;
+        if entry.word != self.gate.word() {
+            return None;
+        }
+        self.counters.hit();
+        Some(entry)
+    }
+
+    /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.
+    pub(crate) fn peek(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        self.entries.peek(key).filter(|entry| entry.word == self.gate.word())
+    }
+
+    /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
+    /// must be handed to [`enqueue`](Self::enqueue) before anybody waits.
+    pub(crate) fn ask(&self, key: &K, wanted: &mut Vec<K>) -> Asked<V> {
+        let (caller, answer) = oneshot::channel();
+        let mut flights = self.flights(key);
+        let joined = if let Some(flight) = flights.get_mut(key) {
+            flight.ask(caller, self.gate.word())
+        } else {
+            // A load may have published between the caller's miss and this lock. Without this second look, two
+            // loads of one key could follow one invalidation.
+            if let Some(entry) = self.lookup(key) {
+                return Asked::Hit(entry);
+            }
+            flights.insert(key.clone(), Flight::new(caller));
+            wanted.push(key.clone());
+            false
+        };
+        drop(flights);
+        if joined { &self.counters.joined } else { &self.counters.led }.add(1);
+        Asked::Wait(answer)
+    }
+
+    /// Queues keys for loading. Returns how many more runners are needed; each must be given to a task.
+    pub(crate) fn enqueue(self: &Arc<Self>, wanted: Vec<K>) -> Vec<Runner<K, V>> {
+        if wanted.is_empty() {
+            return Vec::new();
+        }
+        let mut queue = lock(&self.queue);
+        queue.keys.extend(wanted);
+        let useful = queue.keys.len().div_ceil(self.limits.batch_max);
+        let more = self.limits.runners_max.saturating_sub(queue.runners).min(useful);
+        queue.runners += more;
+        drop(queue);
+        (0..more).map(|_| Runner { store: Arc::clone(self), batch: Vec::new(), retired: false }).collect()
+    }
+
+    /// A row was changed: nothing read before this call may be served after it.
+    pub(crate) fn invalidate(&self, key: &K) {
+        let mut flights = self.flights(key);
+        if let Some(flight) = flights.get_mut(key) {
+            flight.void();
+        }
+        let removed = self.entries.remove(key);
+        drop(flights);
+        drop(removed);
+        self.counters.invalidations.add(1);
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.entries.len() as u64
+    }
+
+    fn flights(&self, key: &K) -> MutexGuard<'_, HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>> {
+        #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
+        let stripe = self.hasher.hash_one(key) as usize % STRIPES;
+        lock(&self.stripes[stripe])
+    }
+
+    fn start(&self, key: &K) {
+        let mut flights = self.flights(key);
+        let flight = flights.get_mut(key).expect("a queued key has a flight");
+        flight.start(self.gate.word());
+    }
+
+    /// Ends the running load of `key`: publishes its result if that is still allowed, and answers all who
+    /// waited for it. Returns whether the key must be loaded again.
+    fn finish(&self, key: &K, result: Result<Option<V>>, ours: bool) -> bool {
+        let counters = &self.counters;
+        let mut flights = self.flights(key);
+        let flight = flights.get_mut(key).expect("a running load has a flight");
+        let word = self.gate.word();
+        let mut evicted = Default::default();
+        let outcome = result.map(|value| {
+            let entry = Arc::new(Entry { word, value });
+            match flight.verdict(word) {
+                Verdict::Publish(_) if ours => {
+                    self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
+                    counters.published.add(1);
+                }
+                Verdict::Publish(_) | Verdict::Uncached => counters.uncached.add(1),
+                Verdict::Voided => counters.voided.add(1),
+            }
+            entry
+        });
+        if outcome.is_err() {
+            counters.failed.add(1);
+        }
+        let landing = flight.finish();
+        if !landing.again {
+            flights.remove(key);
+        }
+        drop(flights);
+        drop(evicted);
+        for caller in landing.waiting {
+            // A caller who was cancelled no longer listens, which harms nobody.
+            let _ = caller.send(outcome.clone());
+        }
+        landing.again
+    }
+}
+
+impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
+    fn invalidate(&self, keys: &[RowKey]) -> bool {
+        for key in keys {
+            match K::from_parts(key.parts()) {
+                Some(key) => Store::invalidate(self, &key),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn show(&self, word: Word) {
+        self.gate.show(word);
+        self.counters.clears.add(1);
+    }
+
+    fn reclaim(&self) {
+        self.entries.clear();
+    }
+}
+
+/// The right to load keys of one table: at most [`Limits::runners_max`] exist at a time.
+///
+/// Dropping it ends its loads: whoever waits for them is told that they failed. So an error, a panic and a
+/// runtime that shuts down are one path, and nobody waits for ever (X17).
+pub(crate) struct Runner<K: Key, V: Send + Sync + 'static> {
+    store: Arc<Store<K, V>>,
+    batch: Vec<K>,
+    retired: bool,
+}
+
+impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
+    /// Starts loads of all keys that wait, up to the limit. `None` when none waits: the runner has retired.
+    pub(crate) fn take(&mut self) -> Option<&[K]> {
+        debug_assert!(self.batch.is_empty(), "a batch is finished before the next one is taken");
+        let store = &self.store;
+        let mut queue = lock(&store.queue);
+        if queue.keys.is_empty() {
+            queue.runners -= 1;
+            self.retired = true;
+            return None;
+        }
+        let size = queue.keys.len().min(store.limits.batch_max);
+        self.batch.extend(queue.keys.drain(..size));
+        drop(queue);
+        for key in &self.batch {
+            store.start(key);
+        }
+        store.counters.loads.add(size as u64);
+        store.counters.queries.add(1);
+        Some(&self.batch)
+    }
+
+    /// Ends the loads of the batch, with one result per key in the order of the keys. `ours`: the rows came
+    /// from the server that the node listens to.
+    pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, ours: bool) {
+        let mut again = Vec::new();
+        let mut batch = std::mem::take(&mut self.batch).into_iter();
+        for (key, result) in batch.by_ref().zip(results) {
+            if self.store.finish(&key, result, ours) {
+                again.push(key);
+            }
+        }
+        debug_assert!(batch.next().is_none(), "one result per key");
+        if !again.is_empty() {
+            lock(&self.store.queue).keys.extend(again);
+        }
+    }
+
+    /// Ends the loads of the batch with one error for all.
+    pub(crate) fn fail(&mut self, error: &Error) {
+        let failures: Vec<_> = self.batch.iter().map(|_| Err(error.clone())).collect();
+        self.finish(failures, false);
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.store.counters
+    }
+}
+
+impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
+    fn drop(&mut self) {
+        if self.retired {
+            return;
+        }
+        let error = Error::new(Kind::Closed, "the task that loads rows ended before its load did");
+        self.fail(&error);
+        // The last runner takes along the keys that nobody would load any more.
+        loop {
+            let mut queue = lock(&self.store.queue);
+            if queue.runners > 1 || queue.keys.is_empty() {
+                queue.runners -= 1;
+                return;
+            }
+            self.batch.extend(queue.keys.drain(..));
+            drop(queue);
+            for key in &self.batch {
+                self.store.start(key);
+            }
+            self.store.counters.loads.add(self.batch.len() as u64);
+            self.fail(&error);
+        }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(shuttle))]
+#[path = "store_tests.rs"]
+mod tests;
+
+#[cfg(all(test, shuttle))]
+#[path = "store_shuttle.rs"]
+mod shuttle_tests;

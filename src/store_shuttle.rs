@@ -1,0 +1,227 @@
+//! The store under the model checker: readers, loads, invalidations, clears and gaps in every order that a
+//! scheduler can choose, on the real quick_cache.
+//!
+//! The world is a database of versions and a channel. A version is visible before its message can be received,
+//! as Postgres has it. Checked in every schedule:
+//!
+//! * no read returns a version older than one whose message had been applied when the read began (I2);
+//! * a read that begins after another of the same key ended never returns an older version;
+//! * when all is quiet and the channel is drained, whatever is held equals the database (I1);
+//! * nobody waits for ever (the model checker reports a deadlock).
+//!
+//! Run: `RUSTFLAGS="--cfg shuttle" cargo test --lib --release shuttle`. `SHUTTLE_ITERATIONS` sets the number of
+//! schedules; a failure prints the schedule, to be replayed with `shuttle::replay`.
+
+use std::collections::VecDeque as Deque;
+
+use shuttle::{future::block_on, rand::Rng, thread};
+
+use super::*;
+use crate::{
+    change::{Change, Rows},
+    tables::Tables,
+};
+
+const KEYS: usize = 2;
+
+struct World {
+    store: Arc<Store<i64, u64>>,
+    tables: Tables,
+    database: Mutex<[u64; KEYS]>,
+    channel: Mutex<Channel>,
+    applied: Mutex<[u64; KEYS]>,
+    returned: Mutex<[u64; KEYS]>,
+}
+
+#[derive(Default)]
+struct Channel {
+    listening: bool,
+    messages: Deque<(Change, [u64; KEYS])>,
+}
+
+/// What happens beside the reads.
+#[derive(Clone, Copy)]
+struct Plan {
+    capacity: usize,
+    clears: bool,
+    gaps: bool,
+    /// Loads fail, runners die and callers are cancelled, now and then.
+    accidents: bool,
+}
+
+impl World {
+    fn new(plan: Plan) -> Arc<Self> {
+        let store = Arc::new(Store::new(plan.capacity, Limits { runners_max: 2, batch_max: 2 }));
+        let world = Self {
+            store: Arc::clone(&store),
+            tables: Tables::default(),
+            database: Mutex::new([1; KEYS]),
+            channel: Mutex::new(Channel { listening: true, ..Channel::default() }),
+            applied: Mutex::new([1; KEYS]),
+            returned: Mutex::new([0; KEYS]),
+        };
+        world.tables.set_coherent(true);
+        world.tables.add("t", "", store);
+        Arc::new(world)
+    }
+
+    fn write(&self, key: usize, whole_table: bool) {
+        let versions = {
+            let mut database = lock(&self.database);
+            database[key] += 1;
+            *database
+        };
+        let mut known = [0; KEYS];
+        let rows = if whole_table {
+            known[key] = versions[key];
+            Rows::All
+        } else {
+            known[key] = versions[key];
+            Rows::Keys(vec![RowKey::new(&i64::try_from(key).unwrap().to_parts())])
+        };
+        let mut channel = lock(&self.channel);
+        if channel.listening {
+            channel.messages.push_back((Change::requested("t", rows), known));
+        }
+    }
+
+    /// Applies one message. Returns whether there was one.
+    fn apply(&self) -> bool {
+        let Some((change, versions)) = lock(&self.channel).messages.pop_front() else {
+            return false;
+        };
+        self.tables.apply(&change);
+        let mut applied = lock(&self.applied);
+        for (applied, version) in applied.iter_mut().zip(versions) {
+            *applied = version.max(*applied);
+        }
+        true
+    }
+
+    /// The line is lost, and found again: what was sent in between is lost.
+    fn gap(&self) {
+        self.tables.set_coherent(false);
+        lock(&self.channel).listening = false;
+        lock(&self.channel).messages.clear();
+        thread::yield_now();
+        lock(&self.channel).listening = true;
+        self.tables.set_coherent(true);
+    }
+
+    fn run(self: &Arc<Self>, mut runner: Runner<i64, u64>, accidents: bool) {
+        while let Some(keys) = runner.take() {
+            let keys = keys.to_vec();
+            let luck = if accidents { shuttle::rand::thread_rng().gen_range(0..8) } else { 7 };
+            match luck {
+                0 => runner.fail(&Error::new(Kind::Timeout, "accident")),
+                1 => return,
+                _ => {
+                    let rows = *lock(&self.database);
+                    thread::yield_now();
+                    runner.finish(keys.iter().map(|key| Ok(Some(rows[usize::try_from(*key).unwrap()]))), true);
+                }
+            }
+        }
+    }
+
+    fn get(self: &Arc<Self>, key: usize, accidents: bool) {
+        let at_least = lock(&self.applied)[key].max(lock(&self.returned)[key]);
+        let name = i64::try_from(key).unwrap();
+        let entry = self.store.lookup(&name).map_or_else(
+            || {
+                let mut wanted = Vec::new();
+                let asked = self.store.ask(&name, &mut wanted);
+                for runner in self.store.enqueue(wanted) {
+                    let world = Arc::clone(self);
+                    thread::spawn(move || world.run(runner, accidents));
+                }
+                match asked {
+                    Asked::Hit(entry) => Some(entry),
+                    Asked::Wait(_) if accidents && shuttle::rand::thread_rng().gen_range(0..8) == 0 => None,
+                    Asked::Wait(wait) => block_on(wait).expect("every caller is answered").ok(),
+                }
+            },
+            Some,
+        );
+        let Some(version) = entry.map(|entry| entry.value.expect("rows are never deleted here")) else {
+            return;
+        };
+        assert!(version >= at_least, "key {key}: read {version} after {at_least} was applied or returned");
+        let mut returned = lock(&self.returned);
+        returned[key] = returned[key].max(version);
+    }
+}
+
+fn scenario(plan: Plan) {
+    let world = World::new(plan);
+    let mut threads = Vec::new();
+    for reader in 0..3 {
+        let world = Arc::clone(&world);
+        threads.push(thread::spawn(move || {
+            for turn in 0..2 {
+                world.get((reader + turn) % KEYS, plan.accidents);
+            }
+        }));
+    }
+    let writer = Arc::clone(&world);
+    threads.push(thread::spawn(move || {
+        writer.write(0, false);
+        writer.write(1, plan.clears);
+        writer.write(0, false);
+    }));
+    let applier = Arc::clone(&world);
+    threads.push(thread::spawn(move || {
+        for _ in 0..3 {
+            applier.apply();
+            thread::yield_now();
+        }
+    }));
+    if plan.gaps {
+        let world = Arc::clone(&world);
+        threads.push(thread::spawn(move || world.gap()));
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    while world.apply() {}
+    let database = *lock(&world.database);
+    for (key, version) in database.iter().enumerate() {
+        if let Some(entry) = world.store.peek(&i64::try_from(key).unwrap()) {
+            assert_eq!(entry.value, Some(*version), "key {key} is stale for ever");
+        }
+        world.get(key, false);
+    }
+}
+
+fn check(plan: Plan) {
+    let iterations = std::env::var("SHUTTLE_ITERATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000);
+    shuttle::check_random(move || scenario(plan), iterations);
+    shuttle::check_pct(move || scenario(plan), iterations, 3);
+}
+
+const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, accidents: false };
+
+#[test]
+fn shuttle_reads_against_changes() {
+    check(CALM);
+}
+
+#[test]
+fn shuttle_reads_against_clears() {
+    check(Plan { clears: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_gaps() {
+    check(Plan { gaps: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_accidents() {
+    check(Plan { accidents: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_evictions() {
+    check(Plan { capacity: 1, clears: true, ..CALM });
+}

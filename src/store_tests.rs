@@ -1,0 +1,221 @@
+//! The store step by step, one thread at a time. What threads do to each other is in `store_shuttle.rs`.
+
+use super::*;
+use crate::gate::Words;
+
+type Users = Arc<Store<i64, &'static str>>;
+
+struct Fixture {
+    store: Users,
+    words: Words,
+}
+
+fn fixture() -> Fixture {
+    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }));
+    let mut fixture = Fixture { store, words: Words::default() };
+    fixture.turn(true);
+    fixture
+}
+
+impl Fixture {
+    /// Moves the gate, as a new epoch or a clear does.
+    fn turn(&mut self, coherent: bool) {
+        self.store.show(self.words.fresh(coherent));
+    }
+
+    /// One caller asks for keys that must all miss.
+    fn ask(&self, keys: &[i64]) -> (Vec<oneshot::Receiver<Outcome<&'static str>>>, Vec<Runner<i64, &'static str>>) {
+        let mut wanted = Vec::new();
+        let waits = keys.iter().map(|key| match self.store.ask(key, &mut wanted) {
+            Asked::Wait(wait) => wait,
+            Asked::Hit(_) => panic!("{key} was held"),
+        });
+        let waits = waits.collect();
+        (waits, self.store.enqueue(wanted))
+    }
+
+    fn held(&self, key: i64) -> Option<Option<&'static str>> {
+        self.store.peek(&key).map(|entry| entry.value)
+    }
+}
+
+fn value(wait: &mut oneshot::Receiver<Outcome<&'static str>>) -> Option<&'static str> {
+    wait.try_recv().expect("answered").expect("loaded").value
+}
+
+#[test]
+fn a_load_answers_all_who_joined_and_is_published() {
+    let fixture = fixture();
+    let (mut first, mut runners) = fixture.ask(&[1]);
+    let (mut second, none) = fixture.ask(&[1]);
+    assert!(none.is_empty(), "one load per key");
+    let runner = &mut runners[0];
+    assert_eq!(runner.take(), Some(&[1][..]));
+    let (mut third, none) = fixture.ask(&[1]);
+    assert!(none.is_empty());
+    runner.finish([Ok(Some("ada"))], true);
+    for wait in [&mut first[0], &mut second[0], &mut third[0]] {
+        assert_eq!(value(wait), Some("ada"));
+    }
+    assert_eq!(runner.take(), None);
+    assert_eq!(fixture.held(1), Some(Some("ada")));
+    assert!(fixture.store.lookup(&1).is_some());
+    let stats = fixture.store.counters.snapshot(0);
+    assert_eq!((stats.gets, stats.hits, stats.led, stats.joined), (4, 1, 1, 2));
+    assert_eq!((stats.loads, stats.published, stats.queries), (1, 1, 1));
+}
+
+#[test]
+fn absent_rows_are_held_and_an_invalidation_forgets_them() {
+    let fixture = fixture();
+    let (mut wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(None)], true);
+    assert_eq!(value(&mut wait[0]), None);
+    assert_eq!(fixture.held(1), Some(None));
+    fixture.store.invalidate(&1);
+    assert_eq!(fixture.held(1), None);
+}
+
+#[test]
+fn x1_an_invalidation_during_a_load_voids_it_for_those_who_come_later() {
+    let fixture = fixture();
+    let (mut before, mut runners) = fixture.ask(&[1]);
+    let runner = &mut runners[0];
+    runner.take();
+    fixture.store.invalidate(&1);
+    let (mut after, none) = fixture.ask(&[1]);
+    assert!(none.is_empty(), "loads of one key do not overlap");
+    runner.finish([Ok(Some("old"))], true);
+    assert_eq!(value(&mut before[0]), Some("old"), "who asked before the change gets what was read");
+    assert_eq!(fixture.held(1), None, "it is never cached");
+    assert!(after[0].try_recv().is_err(), "who came after waits for a load of its own");
+    assert_eq!(runner.take(), Some(&[1][..]));
+    runner.finish([Ok(Some("new"))], true);
+    assert_eq!(value(&mut after[0]), Some("new"));
+    assert_eq!(fixture.held(1), Some(Some("new")));
+    let stats = fixture.store.counters.snapshot(0);
+    assert_eq!((stats.voided, stats.published, stats.loads), (1, 1, 2));
+}
+
+#[test]
+fn an_invalidation_of_a_queued_key_voids_nothing() {
+    let fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1]);
+    fixture.store.invalidate(&1);
+    runners[0].take();
+    runners[0].finish([Ok(Some("new"))], true);
+    assert_eq!(fixture.held(1), Some(Some("new")));
+}
+
+#[test]
+fn x8_a_load_that_began_before_a_clear_is_not_published_after_it() {
+    let mut fixture = fixture();
+    let (mut before, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    fixture.turn(true);
+    let (mut after, _) = fixture.ask(&[1]);
+    runners[0].finish([Ok(Some("old"))], true);
+    assert_eq!(value(&mut before[0]), Some("old"));
+    assert_eq!(fixture.held(1), None);
+    assert!(after[0].try_recv().is_err());
+    assert_eq!(runners[0].take(), Some(&[1][..]));
+}
+
+#[test]
+fn a_clear_forgets_what_is_held_at_once() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1, 2]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada")), Ok(None)], true);
+    fixture.turn(true);
+    assert_eq!((fixture.held(1), fixture.held(2)), (None, None));
+    assert!(fixture.store.lookup(&1).is_none());
+}
+
+#[test]
+fn nothing_is_cached_or_served_while_not_coherent() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada"))], true);
+    runners[0].take();
+    fixture.turn(false);
+    assert_eq!(fixture.held(1), None);
+    let (mut first, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    let (mut second, _) = fixture.ask(&[1]);
+    runners[0].finish([Ok(Some("bea"))], true);
+    assert_eq!(value(&mut first[0]), Some("bea"));
+    assert_eq!(value(&mut second[0]), Some("bea"), "loads are shared all the same");
+    fixture.turn(true);
+    assert_eq!(fixture.held(1), None, "and forgotten");
+    assert_eq!(fixture.store.counters.snapshot(0).uncached, 1);
+}
+
+#[test]
+fn x6_rows_of_another_server_are_returned_but_not_cached() {
+    let fixture = fixture();
+    let (mut wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada"))], false);
+    assert_eq!(value(&mut wait[0]), Some("ada"));
+    assert_eq!(fixture.held(1), None);
+    assert_eq!(fixture.store.counters.snapshot(0).uncached, 1);
+}
+
+#[test]
+fn a_failure_goes_to_all_who_joined_and_is_not_cached() {
+    let fixture = fixture();
+    let (mut first, mut runners) = fixture.ask(&[1]);
+    let (mut second, _) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].fail(&Error::new(Kind::Timeout, "too slow"));
+    for wait in [&mut first[0], &mut second[0]] {
+        assert!(wait.try_recv().expect("answered").is_err_and(|error| error.is_timeout()));
+    }
+    assert_eq!(runners[0].take(), None);
+    let (_wait, runners) = fixture.ask(&[1]);
+    assert_eq!(runners.len(), 1, "the next caller starts a new load");
+    assert_eq!(fixture.store.counters.snapshot(0).failed, 1);
+}
+
+#[test]
+fn x17_a_cancelled_caller_harms_nobody() {
+    let fixture = fixture();
+    let (cancelled, mut runners) = fixture.ask(&[1]);
+    drop(cancelled);
+    let (mut other, _) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada"))], true);
+    assert_eq!(value(&mut other[0]), Some("ada"));
+    assert_eq!(fixture.held(1), Some(Some("ada")), "the load was worth finishing");
+}
+
+#[test]
+fn x17_a_runner_that_is_dropped_tells_everybody() {
+    let fixture = fixture();
+    let (mut loading, mut runners) = fixture.ask(&[1, 2, 3]);
+    runners[0].take();
+    let (mut queued, more) = fixture.ask(&[4]);
+    drop(more);
+    drop(runners);
+    for wait in loading.iter_mut().chain(&mut queued) {
+        assert!(wait.try_recv().expect("answered").is_err_and(|error| error.is_closed()));
+    }
+    let (_wait, runners) = fixture.ask(&[1]);
+    assert_eq!(runners.len(), 1, "and the store still works");
+}
+
+#[test]
+fn waiting_keys_go_out_together_within_the_limits() {
+    let fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(runners.len(), 2);
+    assert_eq!(runners[0].take(), Some(&[1, 2, 3][..]));
+    assert_eq!(runners[1].take(), Some(&[4, 5, 6][..]));
+    let (_more, none) = fixture.ask(&[8]);
+    assert!(none.is_empty(), "no more than two queries at a time");
+    runners[0].finish([Ok(None), Ok(None), Ok(None)], true);
+    assert_eq!(runners[0].take(), Some(&[7, 8][..]));
+}

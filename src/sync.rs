@@ -1,0 +1,21 @@
+//! Locks and atomics: the standard library's, or the model checker's under `--cfg shuttle`.
+//!
+//! Only the core uses this module. A poisoned lock is ignored: no code of the user runs under any of these
+//! locks, and each critical section leaves its data whole at every point where it could panic.
+
+#[cfg(not(shuttle))]
+pub(crate) use std::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
+
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
+
+/// Locks, whatever happened to the last holder.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,258 @@
+//! The story of `get`.
+//!
+//! ```text
+//! get(key) ── the store holds it, and the gate of the table shows the entry's word ──→ the entry
+//!    └ miss: ask the store ── somebody else's load of the key will do ──→ wait for it
+//!               └ queue the key; a runner takes it with whatever else is waiting, and reads Postgres
+//!                    └ the row goes to everybody who waits, and into the store, unless the key was
+//!                      invalidated since the load began
+//! ```
+
+use std::{fmt, sync::Arc};
+
+use sqlx::postgres::PgRow;
+
+use crate::{
+    change::{Change, RowKey, Rows as ChangedRows},
+    error::{Error, Kind, Result},
+    key::{self, Key},
+    load,
+    node::{Node, Status},
+    postgres::{catalog::TrackedTable, rows::Rows},
+    source::Source,
+    stats::Stats,
+    store::{Asked, Cached, Entry, Outcome, Store},
+};
+
+/// A type that a row can be turned into: whatever implements [`sqlx::FromRow`] for Postgres and can be shared
+/// between threads. Implemented for all such types.
+pub trait FromRow: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'static {}
+
+impl<V: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'static> FromRow for V {}
+
+/// The cached rows of one table, by key. Cheap to clone.
+///
+/// Made by [`Node::table`]. A row that does not exist is cached as well, until an INSERT. Values are shared, not
+/// copied; their `Drop` must not call into the table they were cached in.
+pub struct Table<K: Key, V: FromRow> {
+    node: Node,
+    store: Arc<Store<K, V>>,
+    source: Arc<dyn Source<K, V>>,
+    name: Arc<str>,
+}
+
+/// What is known about a key without asking Postgres.
+#[derive(Debug)]
+pub enum Lookup<V> {
+    /// The row.
+    Row(Cached<V>),
+    /// There is no such row.
+    Absent,
+    /// Not known here: not held, or not to be trusted now.
+    Unknown,
+}
+
+impl<V> Lookup<V> {
+    /// The row, if there is one and it is known.
+    #[must_use]
+    pub fn row(self) -> Option<Cached<V>> {
+        match self {
+            Self::Row(row) => Some(row),
+            Self::Absent | Self::Unknown => None,
+        }
+    }
+
+    /// Whether anything is known about the key.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        !matches!(self, Self::Unknown)
+    }
+
+    fn of(entry: Option<Arc<Entry<V>>>) -> Self {
+        match entry.map(Cached::new) {
+            Some(Some(row)) => Self::Row(row),
+            Some(None) => Self::Absent,
+            None => Self::Unknown,
+        }
+    }
+}
+
+impl<K: Key, V: FromRow> Table<K, V> {
+    pub(crate) fn new(node: Node, store: Arc<Store<K, V>>, tracked: &TrackedTable) -> Self {
+        let shared = node.shared();
+        let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout));
+        Self { store, source, name: tracked.name.as_str().into(), node }
+    }
+
+    /// The row with this key: from memory if it is held, else from Postgres. `None`: there is no such row.
+    ///
+    /// # Coherence
+    ///
+    /// Once this node has applied the notification of a commit, a call that starts later does not return data
+    /// from before it; nor does it return data older than an earlier call for this key returned. While the node
+    /// is not coherent, every call reads Postgres (callers who ask at the same time share a statement), and
+    /// nothing is kept.
+    ///
+    /// # Errors
+    ///
+    /// Those of the load, which go to everybody who joined it, and are not cached:
+    /// [`is_timeout`](Error::is_timeout), [`is_unavailable`](Error::is_unavailable),
+    /// [`is_decode`](Error::is_decode), [`is_closed`](Error::is_closed).
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling harms nobody: the load goes on, and its result is cached.
+    #[inline]
+    pub async fn get(&self, key: &K) -> Result<Option<Cached<V>>> {
+        match self.store.lookup(key) {
+            Some(entry) => Ok(Cached::new(entry)),
+            // Boxed, so that the future of a hit stays small.
+            None => Box::pin(self.load(key)).await,
+        }
+    }
+
+    /// The rows with these keys, in the order of the keys; those not held are read with as few statements as
+    /// the limits allow. Rows may come from different moments.
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Self::get): the first error that any of the loads meets.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`get`](Self::get).
+    pub async fn get_many(&self, keys: &[K]) -> Result<Vec<Option<Cached<V>>>> {
+        let mut wanted = Vec::new();
+        let asked: Vec<_> = keys
+            .iter()
+            .map(|key| match self.store.lookup(key) {
+                Some(entry) => Asked::Hit(entry),
+                None => self.store.ask(key, &mut wanted),
+            })
+            .collect();
+        self.start_loads(wanted);
+        let mut rows = Vec::with_capacity(keys.len());
+        for (key, asked) in keys.iter().zip(asked) {
+            rows.push(Cached::new(self.answer(key, asked).await?));
+        }
+        Ok(rows)
+    }
+
+    /// What is known about this key; never loads. Counts as a get.
+    #[inline]
+    #[must_use]
+    pub fn try_get(&self, key: &K) -> Lookup<V> {
+        let entry = self.store.lookup(key);
+        if entry.is_none() {
+            self.store.counters.declined.add(1);
+        }
+        Lookup::of(entry)
+    }
+
+    /// What is known about this key; never loads. Leaves no trace: it does not count as a get, nor as a reason
+    /// to keep the entry.
+    #[must_use]
+    pub fn peek(&self, key: &K) -> Lookup<V> {
+        Lookup::of(self.store.peek(key))
+    }
+
+    /// Forgets a row: on this node before the first await, on all nodes by notification. For changes that
+    /// triggers cannot see; those that they see need no help.
+    ///
+    /// # Errors
+    ///
+    /// When the notification could not be sent. This node has forgotten the row all the same.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, this node has forgotten the row. The others may not be told.
+    pub async fn invalidate(&self, key: &K) -> Result<()> {
+        self.store.invalidate(key);
+        self.tell(ChangedRows::Keys(vec![RowKey::new(&key.to_parts())])).await
+    }
+
+    /// Forgets all rows of the table: on this node before the first await, on all nodes by notification.
+    ///
+    /// # Errors
+    ///
+    /// When the notification could not be sent. This node has forgotten the rows all the same.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`invalidate`](Self::invalidate).
+    pub async fn clear(&self) -> Result<()> {
+        let shared = self.node.shared();
+        shared.reclaim(shared.tables.clear(Some(&self.name)));
+        self.tell(ChangedRows::All).await
+    }
+
+    /// Counters since the table was opened.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.store.counters.snapshot(self.store.len())
+    }
+
+    /// Whether entries of this table are served: as [`Node::status`], unless the table's triggers are in doubt.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.node.shared().status_of(&self.name)
+    }
+
+    /// The name of the table, as `schema.table`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The node that this table belongs to.
+    #[must_use]
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    #[cold]
+    async fn load(&self, key: &K) -> Result<Option<Cached<V>>> {
+        let mut wanted = Vec::new();
+        let asked = self.store.ask(key, &mut wanted);
+        self.start_loads(wanted);
+        self.answer(key, asked).await.map(Cached::new)
+    }
+
+    fn start_loads(&self, wanted: Vec<K>) {
+        for runner in self.store.enqueue(wanted) {
+            let shared = Arc::clone(self.node.shared());
+            tokio::spawn(load::run(runner, Arc::clone(&self.source), shared));
+        }
+    }
+
+    async fn answer(&self, key: &K, asked: Asked<V>) -> Outcome<V> {
+        match asked {
+            Asked::Hit(entry) => Ok(entry),
+            Asked::Wait(answer) => answer.await.unwrap_or_else(|_| {
+                let key = key::display(&key.to_parts());
+                Err(Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name)))
+            }),
+        }
+    }
+
+    async fn tell(&self, rows: ChangedRows) -> Result<()> {
+        self.node.shared().broadcast(&Change::requested(&self.name, rows)).await
+    }
+}
+
+impl<K: Key, V: FromRow> Clone for Table<K, V> {
+    fn clone(&self) -> Self {
+        Self {
+            node: self.node.clone(),
+            store: Arc::clone(&self.store),
+            source: Arc::clone(&self.source),
+            name: Arc::clone(&self.name),
+        }
+    }
+}
+
+impl<K: Key, V: FromRow> fmt::Debug for Table<K, V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table").field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,154 @@
+//! The tables of one node as the applier sees them: who must forget what, and whose gate shows what.
+
+use std::collections::HashMap;
+
+use crate::{
+    change::{Change, RowKey, Rows},
+    coherence::Boot,
+    gate::{Word, Words},
+    sync::{Arc, Mutex, lock},
+};
+
+/// One cache of rows of a table, whatever its key and value types.
+pub(crate) trait Member: Send + Sync {
+    /// Forgets these rows. `false` when a key is not of the cache's key type: then all must be forgotten.
+    fn invalidate(&self, keys: &[RowKey]) -> bool;
+
+    /// Moves the gate: forgets everything, at once.
+    fn show(&self, word: Word);
+
+    /// Frees the memory of entries that the gate has made unreachable. May drop others with them.
+    fn reclaim(&self);
+}
+
+/// What a table looked like when its triggers were found to be whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Trust {
+    /// Changes with everything that could let a write pass unseen.
+    pub(crate) fingerprint: String,
+    /// The columns of its key, with their types. The caches of a table were made for one key.
+    pub(crate) key: String,
+}
+
+/// All tables of a node. Every gate of the node is moved in here, under one lock.
+#[derive(Default)]
+pub(crate) struct Tables(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    words: Words,
+    /// The node may serve entries.
+    coherent: bool,
+    by_name: HashMap<String, Table>,
+}
+
+struct Table {
+    /// What it looked like when its triggers were last found to be whole.
+    trust: Trust,
+    /// Since when, and why, this table's triggers are in doubt.
+    suspect: Option<(Boot, String)>,
+    members: Vec<Arc<dyn Member>>,
+}
+
+impl Inner {
+    fn clear(&mut self, table: Option<&str>) -> Vec<Arc<dyn Member>> {
+        let mut cleared = Vec::new();
+        for (name, entry) in &self.by_name {
+            if table.is_none_or(|table| table == name) {
+                let word = self.words.fresh(self.coherent && entry.suspect.is_none());
+                for member in &entry.members {
+                    member.show(word);
+                    cleared.push(Arc::clone(member));
+                }
+            }
+        }
+        cleared
+    }
+}
+
+impl Tables {
+    /// Adds a cache of a table whose triggers were found to be whole, *before* any load of the cache starts:
+    /// every change that such a load could miss is then a message to come (I1).
+    pub(crate) fn add(&self, name: &str, trust: Trust, member: Arc<dyn Member>) {
+        let mut inner = lock(&self.0);
+        let table =
+            inner.by_name.entry(name.to_owned()).or_insert_with(|| Table { trust, suspect: None, members: Vec::new() });
+        // If it looks different from what is on record, the next beat puts all its members in doubt.
+        let trusted = table.suspect.is_none();
+        table.members.push(Arc::clone(&member));
+        let coherent = inner.coherent && trusted;
+        let word = inner.words.fresh(coherent);
+        member.show(word);
+    }
+
+    /// Applies a change that was received: when this returns, no entry that it touched can be served. Returns
+    /// the caches that were cleared, whose memory can be reclaimed.
+    pub(crate) fn apply(&self, change: &Change) -> Vec<Arc<dyn Member>> {
+        let (Some(name), Rows::Keys(keys)) = (&change.table, &change.rows) else {
+            return lock(&self.0).clear(change.table.as_deref());
+        };
+        let members = match lock(&self.0).by_name.get(name) {
+            Some(table) => table.members.clone(),
+            None => return Vec::new(),
+        };
+        let understood = members.iter().fold(true, |all, member| member.invalidate(keys) && all);
+        if understood { Vec::new() } else { lock(&self.0).clear(Some(name)) }
+    }
+
+    /// Forgets a table, or all of them.
+    pub(crate) fn clear(&self, table: Option<&str>) -> Vec<Arc<dyn Member>> {
+        lock(&self.0).clear(table)
+    }
+
+    /// The node became coherent, or ceased to be: entries from before are forgotten either way.
+    pub(crate) fn set_coherent(&self, coherent: bool) {
+        let mut inner = lock(&self.0);
+        inner.coherent = coherent;
+        inner.clear(None);
+    }
+
+    /// Since when, and why, this table is in doubt, if it is.
+    pub(crate) fn suspicion(&self, name: &str) -> Option<(Boot, String)> {
+        lock(&self.0).by_name.get(name).and_then(|table| table.suspect.clone())
+    }
+
+    /// The tables whose triggers must be watched.
+    pub(crate) fn names(&self) -> Vec<String> {
+        lock(&self.0).by_name.keys().cloned().collect()
+    }
+
+    /// Holds a fingerprint against the one on record. On a difference the table is in doubt from here on, and
+    /// everything held of it forgotten: triggers may have been off for a while (X21). `Some` when the table
+    /// must be verified, with the caches that were cleared.
+    pub(crate) fn inspect(&self, name: &str, fingerprint: Option<&str>, now: Boot) -> Option<Vec<Arc<dyn Member>>> {
+        let mut inner = lock(&self.0);
+        let table = inner.by_name.get_mut(name)?;
+        if table.suspect.is_some() {
+            return Some(Vec::new());
+        }
+        if fingerprint == Some(table.trust.fingerprint.as_str()) {
+            return None;
+        }
+        table.suspect = Some((now, "its triggers or its definition changed; they are being verified".into()));
+        Some(inner.clear(Some(name)))
+    }
+
+    /// The outcome of verifying a table in doubt.
+    pub(crate) fn verified(&self, name: &str, outcome: Result<Trust, String>) {
+        let mut inner = lock(&self.0);
+        let Some(table) = inner.by_name.get_mut(name) else { return };
+        let problem = match outcome {
+            Ok(trust) if trust.key == table.trust.key => {
+                table.trust = trust;
+                table.suspect = None;
+                inner.clear(Some(name));
+                return;
+            }
+            Ok(trust) => format!("its key was ({}) and is ({}) now; restart the service", table.trust.key, trust.key),
+            Err(problem) => problem,
+        };
+        if let Some((_, why)) = &mut table.suspect {
+            *why = problem;
+        }
+    }
+}
