@@ -1,1 +1,4 @@
 //! x
+
+#[cfg(feature = "cli")]
+pub mod cli;
