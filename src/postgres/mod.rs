@@ -1,0 +1,4 @@
+//! Everything that talks to Postgres.
+
+pub mod install;
+pub mod migrate;
