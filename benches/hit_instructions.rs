@@ -123,7 +123,7 @@ async fn fill(url: &str) -> (Node, Table<i64, User>) {
 
 #[inline(never)]
 fn measured_bare(cache: &Cache<i64, Arc<User>>, keys: &[i64]) -> usize {
-    keys.iter().filter(|key| black_box(cache.get(key)).is_some()).count()
+    keys.iter().filter(|key| black_box(cache.get(*key)).is_some()).count()
 }
 
 #[inline(never)]

@@ -151,10 +151,10 @@ begin
         '''"'' || case when isfinite(%1$s) then (%1$s - ''2000-01-01''::date)::text else (%1$s)::text end || ''"''',
         value);
     when type.oid in ('timestamp'::regtype, 'timestamptz'::regtype) then
-      -- extract() is exact, and 946684800 is 2000-01-01 00:00:00 UTC.
+      -- By way of an interval: extract() of a timestamp itself is not exact in the last thirty years before infinity.
       return format(
-        '''"'' || case when isfinite(%1$s) then ((extract(epoch from %1$s) - 946684800) * 1000000)::int8::text'
-        ' else (%1$s)::text end || ''"''', value);
+        $q$'"' || case when isfinite(%1$s) then (extract(epoch from %1$s - %2$L::%3$s) * 1000000)::int8::text else (%1$s)::text end || '"'$q$,
+        value, '2000-01-01 00:00:00+00', type.typname);
     else
       raise exception 'column % of table % has type %, of which rowcache knows no canonical text',
           quote_ident(column_name), rowcache.relation_name(relation), shown_type
@@ -330,15 +330,16 @@ begin
     -- and rolls back with it. Beyond the limit all messages are the same one, which Postgres sends once.
     message := current_setting(%4$s, true);
     row_count := case when message ~ '^[0-9]{1,9}$' then message::int else 0 end;
-    begin
-%5$s    exception when others then
-      -- Most likely a column was renamed. The writer's statement must not fail for that.
-      row_count := %6$s;
-    end;
     if row_count >= %6$s then
       perform pg_notify('rowcache', %3$s);
       return null;
     end if;
+    begin
+%5$s    exception when others then
+      -- Most likely a column was renamed. The writer's statement must not fail for that.
+      perform pg_notify('rowcache', %3$s);
+      return null;
+    end;
     if %7$s then
       return null;
     end if;
@@ -440,6 +441,7 @@ create or replace function rowcache.problems(relation regclass) returns setof te
   -- Definer, because the table it reads is private.
   language plpgsql stable security definer
   set search_path = pg_catalog, pg_temp
+  set quote_all_identifiers = off
 as $$
 declare
   t rowcache.tracked_table;

@@ -1,8 +1,10 @@
 //! x
-#![allow(dead_code, missing_docs)]
-mod change;
+#![allow(missing_docs)]
+
 #[cfg(feature = "cli")]
 pub mod cli;
+
+mod change;
 mod clock;
 mod coherence;
 mod config;
@@ -23,12 +25,14 @@ mod sync;
 mod table;
 mod tables;
 mod tls;
+
 pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
 pub use config::{Config, TableOptions};
 pub use error::{Error, Result};
 pub use key::{Key, KeyPart, KeyType};
 pub use node::{Event, Events, Node, Status};
+pub use postgres::{install, migrate};
 pub use stats::Stats;
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
