@@ -191,6 +191,11 @@ fn scenario(plan: Plan) {
         }
         world.get(key, false);
     }
+    if !plan.clears && !plan.gaps && !plan.accidents {
+        // Each key: one load for the first reader, and one after each of its changes.
+        let loads = world.store.counters.snapshot(0).loads;
+        assert!(loads <= 2 + 3, "{loads} loads of two keys that changed three times");
+    }
 }
 
 fn check(plan: Plan) {
