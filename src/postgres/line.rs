@@ -144,7 +144,7 @@ async fn connect(
     let mut settings = config.listener.clone();
     let name = settings.get_application_name().map_or_else(|| "rowcache".to_owned(), ToOwned::to_owned);
     settings.application_name(format!("{name} ({role})"));
-    let connecting = settings.connect(config.listener_tls.connector()?);
+    let connecting = settings.connect(config.listener_tls.connector());
     let (client, connection) = match timeout(config.beat_timeout.max(Duration::from_secs(1)), connecting).await {
         Ok(connected) => connected.map_err(|error| connect_error(config, error))?,
         Err(_) => {
