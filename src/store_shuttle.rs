@@ -19,7 +19,7 @@ use shuttle::{future::block_on, rand::Rng, thread};
 use super::*;
 use crate::{
     change::{Change, Rows},
-    tables::Tables,
+    tables::{Tables, Trust},
 };
 
 const KEYS: usize = 2;
@@ -61,7 +61,7 @@ impl World {
             returned: Mutex::new([0; KEYS]),
         };
         world.tables.set_coherent(true);
-        world.tables.add("t", "", store);
+        world.tables.add("t", Trust::default(), store);
         Arc::new(world)
     }
 
