@@ -15,11 +15,11 @@ use crate::{
     coherence::{Boot, Fence, Incarnation, Reason},
     error::{Error, Kind, Result},
     inbox::Item,
-    node::Shared,
     postgres::{
         database_error, is_connection_error,
         line::{self, Line, Received},
     },
+    shared::Shared,
 };
 
 /// Runs until the node is stopped. `ready` hears how the first attempt went; if it failed, nothing follows.
