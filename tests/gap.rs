@@ -1,6 +1,8 @@
 //! Everything that can come between a commit and a node: what reads return meanwhile, and that nothing from
 //! before is served after it.
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 mod fixture;

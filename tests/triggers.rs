@@ -4,6 +4,8 @@
 //! further column; of another table the words start with its name and a colon; `_` stands for a space. Nothing more than the list may arrive: a
 //! marker sent afterwards comes next (commits are delivered in order).
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 

@@ -1,6 +1,8 @@
 //! What we rely on, and others promise or merely do: Postgres and the drivers. A new version that changes an answer
 //! fails here, and not in production.
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 mod fixture;
