@@ -1,7 +1,7 @@
-//! The price of a hit, in instructions, beside a bare quick_cache `get` in the same binary.
+//! The price of a hit, in instructions, beside a bare `quick_cache` `get` in the same binary.
 //!
 //! `cargo bench --features cli --bench hit_instructions` starts a throw-away Postgres, fills a real table cache
-//! and a bare quick_cache with the same keys, and runs the same reads of each under callgrind, which counts
+//! and a bare `quick_cache` with the same keys, and runs the same reads of each under callgrind, which counts
 //! the same instructions every time, whatever else the machine does. It fails when a budget is exceeded.
 //! Needs valgrind.
 
@@ -104,10 +104,10 @@ fn run(variant: &str) {
 async fn fill(url: &str) -> (Node, Table<i64, User>) {
     let mut config = Config::from_url(url).expect("a good URL");
     // Under callgrind everything takes long.
-    config.load_timeout = Duration::from_secs(60);
-    config.beat = Duration::from_secs(60);
-    config.beat_timeout = Duration::from_secs(120);
-    config.lease = Duration::from_secs(600);
+    config.load_timeout = Duration::from_mins(1);
+    config.beat = Duration::from_mins(1);
+    config.beat_timeout = Duration::from_mins(2);
+    config.lease = Duration::from_mins(10);
     let pool = sqlx::PgPool::connect_with(config.pool_connect.clone()).await.expect("connects");
     rowcache::migrate::up(&pool).await.expect("migrates");
     let setup = "create table users as select n as id, 'user ' || n as name from generate_series(1::bigint, 10000) n;

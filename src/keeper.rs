@@ -181,14 +181,13 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
         }
     };
     match timeout(limit, sending).await {
-        Ok(Ok(true)) => {}
+        // Sent, or late, which the state machine sees by itself.
+        Ok(Ok(true)) | Err(_) => {}
         Ok(Ok(false)) => {
             tracing::warn!("a fence waited too long for the lock that orders commits; is a commit stuck?");
             shared.look(|coherence| coherence.fence_not_sent(fence));
         }
         Ok(Err(error)) => shared.gap(Reason::ConnectionLost(full(&error))),
-        // Late: the state machine sees that by itself.
-        Err(_) => {}
     }
 }
 
@@ -204,7 +203,7 @@ async fn verify(shared: &Shared, line: &Line) -> Result<()> {
         let Some(cleared) = inspected else { continue };
         if !cleared.is_empty() {
             tracing::warn!(table = name, "the triggers or the definition of this table changed; verifying them");
-            shared.reclaim(cleared);
+            Shared::reclaim(cleared);
         }
         let outcome = line.describe(&name).await?.whole();
         shared.tables.verified(&name, outcome);

@@ -52,7 +52,7 @@ pub(crate) fn refusal(doing: &str, error: sqlx::Error) -> Error {
 /// What to say when our own schema is missing or incomplete.
 pub(crate) fn schema_hint(error: &sqlx::Error) -> Option<Error> {
     let code = error.as_database_error()?.code()?;
-    is_missing(&code).then(|| schema_too_old())
+    is_missing(&code).then(schema_too_old)
 }
 
 /// `3F000` no such schema, `42883` no such function, `42P01` no such table.
