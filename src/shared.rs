@@ -252,9 +252,11 @@ impl Shared {
     }
 
     /// Whether rows with this stamp come from the server that the node listens to. If not, while the node takes
-    /// itself for coherent, that is a gap: one of the two is the wrong server (X6).
-    pub(crate) fn is_ours(&self, incarnation: Option<Incarnation>) -> bool {
-        let (listening, up) = self.look(|coherence| (coherence.incarnation(), coherence.bypassed().is_none()));
+    /// itself for coherent, that is a gap: one of the two is the wrong server (X6). `gaps` is the number of gaps
+    /// when the load began: one that spans a gap may well have read the server as it was before.
+    pub(crate) fn is_ours(&self, incarnation: Option<Incarnation>, gaps: u64) -> bool {
+        let (listening, up) = self
+            .look(|coherence| (coherence.incarnation(), coherence.bypassed().is_none() && coherence.gaps() == gaps));
         if incarnation.is_some() && incarnation == listening {
             return true;
         }
