@@ -203,6 +203,13 @@ pg_test! {
                 assert_eq!(problems.len(), 1, "{sql}: {problems:?}");
                 assert!(problems.iter().all(|line| line.contains(problem)), "{sql}: {problems:?}");
                 assert!(problems.iter().all(|line| line.ends_with(&format!(": {call}"))), "{problems:?}\n{call}");
+                // A trigger that was replaced is not enabled ALWAYS; that must not be all that is noticed.
+                if let Some((_, replaced)) = sql.split_once("create or replace trigger ") {
+                    let name = replaced.split(' ').next().expect("a name");
+                    db.run(&format!("alter table t enable always trigger {name}")).await;
+                    let problems = db.problems("t").await;
+                    assert_eq!(problems.is_empty(), problem.ends_with("ALWAYS"), "{sql}: {problems:?}");
+                }
                 db.run(&call).await;
             }
         }
