@@ -7,10 +7,10 @@
 #[macro_use]
 mod support;
 
-#[path = "triggers/fires.rs"]
-mod fires;
 #[path = "triggers/fingerprint.rs"]
 mod fingerprint;
+#[path = "triggers/fires.rs"]
+mod fires;
 #[path = "triggers/message.rs"]
 mod message;
 #[path = "triggers/migrate.rs"]
@@ -27,6 +27,7 @@ use support::{Notifications, Test, TestClient, TestDb, database};
 
 /// A migrated database, a session that writes, and one that listens on channel `rowcache`.
 struct Db {
+    #[allow(clippy::struct_field_names)] // it is the database
     db: TestDb,
     client: TestClient,
     listener: Notifications,
