@@ -1,12 +1,7 @@
 //! Tracking and untracking: what is refused, what goes wrong later and how it is noticed.
 
-<<<<<<< HEAD
 use rowcache::install::{self, Level, TrackOptions};
-=======
 use std::fmt::Write as _;
-
-use rowcache::postgres::install::{self, Level, TrackOptions};
->>>>>>> sql
 
 use crate::{Db, support::Version};
 
