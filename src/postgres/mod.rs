@@ -57,7 +57,7 @@ pub(crate) fn refusal(doing: &str, error: sqlx::Error) -> Error {
 
 /// `42P05`, `26000`: a prepared statement exists that we did not make, or one of ours does not.
 fn is_foreign_statement(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
     code.is_some_and(|code| matches!(&*code, "42P05" | "26000"))
 }
 
