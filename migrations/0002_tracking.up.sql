@@ -35,8 +35,8 @@ comment on table rowcache.tracked_table is 'What track() was told. Read it throu
 create or replace function rowcache.relation_name(relation regclass) returns text
   language sql stable
   set search_path = pg_catalog, pg_temp
-  set quote_all_identifiers = off
 as $$
+  -- Whoever asks has switched quote_all_identifiers off.
   select relation::text
 $$;
 comment on function rowcache.relation_name(regclass) is 'The name in messages: schema-qualified, quoted where needed';
@@ -91,9 +91,10 @@ create or replace function rowcache.needs_row_level(relation regclass) returns b
 as $$
   select
     -- A statement on a partition or a child does not fire its parent's statement triggers, nor the other way round.
-    (select c.relkind = 'p' or c.relispartition from pg_class c where c.oid = relation)
-    or (select count(*) > 1 from rowcache.tree(relation))
+    (select count(*) > 1 from rowcache.tree(relation))
     or exists (select from pg_inherits i where i.inhrelid = relation)
+    -- It will have partitions.
+    or (select c.relkind = 'p' from pg_class c where c.oid = relation)
     -- Replication applies rows without firing statement triggers at all.
     or exists (select from pg_subscription_rel s where s.srrelid = relation)
 $$;
@@ -544,10 +545,11 @@ begin
     raise exception 'there is no table with oid %', relation::oid using errcode = 'undefined_table';
   end if;
   if class.relkind not in ('r', 'p') then
-    raise exception '% is a %, which cannot be tracked', shown,
+    raise exception '% is %, which cannot be tracked', shown,
         case class.relkind
-          when 'v' then 'view' when 'm' then 'materialized view' when 'f' then 'foreign table' when 'i' then 'index'
-          when 'I' then 'partitioned index' when 'S' then 'sequence' when 'c' then 'composite type' else 'TOAST table'
+          when 'v' then 'a view' when 'm' then 'a materialized view' when 'f' then 'a foreign table'
+          when 'i' then 'an index' when 'I' then 'a partitioned index' when 'S' then 'a sequence'
+          when 'c' then 'a composite type' else 'a TOAST table'
         end
       using errcode = 'wrong_object_type',
         hint = 'Track the tables it reads; a service can build an entry from several of them.';

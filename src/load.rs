@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::{key::Key, node::Shared, source::Source, store::Runner};
+use crate::{key::Key, shared::Shared, source::Source, store::Runner};
 
 /// Loads until nothing waits. Runs in a task of its own, so that a caller who is cancelled harms nobody.
 pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
@@ -16,10 +16,11 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
     loop {
         // Never closed, so never an error; the permit is held until the rows are published.
         let _turn = shared.loads.acquire().await;
+        let gaps = shared.look(|coherence| coherence.gaps());
         let Some(keys) = runner.take() else { return };
         match source.load(keys).await {
             Ok(loaded) => {
-                let ours = shared.is_ours(loaded.incarnation) && !loaded.dirty;
+                let ours = shared.is_ours(loaded.incarnation, gaps) && !loaded.dirty;
                 runner.finish(loaded.rows, ours);
             }
             Err(error) => runner.fail(&error),

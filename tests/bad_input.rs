@@ -1,5 +1,7 @@
 //! Wrong URLs, wrong tables, wrong keys, wrong messages: what is said, and that nothing worse happens.
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 mod fixture;

@@ -1,6 +1,8 @@
 //! The races that caches lose, played slowly on real Postgres: a load is held between its read and its
 //! publication, by a decoder that waits, while the world changes.
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 mod fixture;
@@ -21,9 +23,11 @@ struct Slow {
     name: String,
 }
 
+/// Told when a decoder has stopped; tells it to go on.
+type Stop = (oneshot::Sender<()>, mpsc::Receiver<()>);
+
 /// Where decoders stop: by database and name.
-static STOPS: LazyLock<Mutex<HashMap<String, (oneshot::Sender<()>, mpsc::Receiver<()>)>>> =
-    LazyLock::new(Mutex::default);
+static STOPS: LazyLock<Mutex<HashMap<String, Stop>>> = LazyLock::new(Mutex::default);
 
 impl<'r> FromRow<'r, PgRow> for Slow {
     fn from_row(row: &'r PgRow) -> sqlx::Result<Self> {

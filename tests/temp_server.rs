@@ -1,5 +1,7 @@
 //! The throw-away server itself: it starts, stops, crashes and, whatever happens to its owner, ends.
 
+#![cfg(feature = "cli")] // the throw-away server is part of it: `cargo test --all-features`
+
 #[macro_use]
 mod support;
 

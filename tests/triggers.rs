@@ -4,6 +4,8 @@
 //! further column; of another table the words start with its name and a colon; `_` stands for a space. Nothing more than the list may arrive: a
 //! marker sent afterwards comes next (commits are delivered in order).
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 
@@ -27,6 +29,7 @@ use support::{Notifications, Test, TestClient, TestDb, database};
 
 /// A migrated database, a session that writes, and one that listens on channel `rowcache`.
 struct Db {
+    #[allow(clippy::struct_field_names)] // it is the database
     db: TestDb,
     client: TestClient,
     listener: Notifications,

@@ -53,7 +53,7 @@ pg_test! {
                     db.run(setting).await;
                     db.run(&format!("delete from {table}")).await;
                     let told_again: Vec<_> = db.told_so_far().await.words.into_iter().collect();
-                    let expected = format!("public.{table}:{}", expected);
+                    let expected = format!("public.{table}:{expected}");
                     assert_eq!(told, [expected.as_str()], "{kind} {value} with {setting}");
                     assert_eq!(told_again, [expected.as_str()], "{kind} {value} with {setting}");
                     db.run("reset all").await;
@@ -257,6 +257,10 @@ pg_test! {
             db.tells("update t set b = 1 where a = 1", "[1,1] owner=7").await;
             db.tells("update t set b = null where a = 1", "[1,1] owner=7").await;
             db.tells("delete from t where a is null", "").await;
+            // Also where they are so many that they are cut into chunks.
+            let told = db.told("insert into t select i, nullif(i % 2, 0), 1000000 + i from generate_series(1, 2000) i").await;
+            assert!(told.messages.len() > 5);
+            assert_eq!(told.words.len(), 1000 + 2000);
         }
     }
 
