@@ -152,7 +152,9 @@ impl Coherence {
     /// LISTEN has returned on a new connection to this incarnation of the server. Loads that start from here on
     /// miss nothing: a change they do not see commits later, and its message will come. (X7: not earlier.)
     pub(crate) fn listening(&mut self, incarnation: Incarnation) {
-        if let Line::Down { since, reason } = &self.line {
+        if let Line::Down { since, reason } = &self.line
+            && !self.is_shut_down()
+        {
             let (since, reason) = (*since, reason.clone());
             self.line = Line::Probing { since, reason };
             self.incarnation = Some(incarnation);
@@ -201,7 +203,7 @@ impl Coherence {
     }
 
     /// A fence was applied: everything before it in the channel has been. Strangers' fences, and those from
-    /// before a gap, count for nothing (X25, I5).
+    /// before a gap, count for nothing (I5).
     pub(crate) fn fence_applied(&mut self, nonce: Uuid) -> Vec<Action> {
         let Some(UnderWay { fence, sent_at }) = self.under_way.take_if(|it| it.fence.nonce == nonce) else {
             return Vec::new();
@@ -229,6 +231,9 @@ impl Coherence {
 
     /// Notifications may have been lost, or may be late: trust nothing until a new line has proved itself.
     pub(crate) fn gap(&mut self, now: Boot, reason: Reason) -> Vec<Action> {
+        if self.is_shut_down() {
+            return Vec::new();
+        }
         let was_up = matches!(self.line, Line::Up);
         self.line = match &self.line {
             Line::Up => Line::Down { since: now, reason },
@@ -237,6 +242,11 @@ impl Coherence {
         self.gaps += 1;
         self.under_way = None;
         if was_up { vec![Action::Close] } else { Vec::new() }
+    }
+
+    /// A node that was shut down stays so.
+    fn is_shut_down(&self) -> bool {
+        matches!(self.line, Line::Down { reason: Reason::ShutDown, .. })
     }
 
     /// Lets time pass: a late fence and an expired lease are gaps.
@@ -410,6 +420,16 @@ mod tests {
         assert_eq!(node.bypassed(), Some((at(1.0), &Reason::BeatLate)));
         assert_eq!(node.gaps(), 2);
         assert_eq!(node.incarnation(), Some(incarnation(2)));
+    }
+
+    #[test]
+    fn a_node_that_was_shut_down_stays_so() {
+        let mut node = up();
+        assert_eq!(node.gap(at(1.0), Reason::ShutDown), [Action::Close]);
+        assert_eq!(node.gap(at(2.0), Reason::BeatLate), []);
+        node.listening(incarnation(1));
+        assert_eq!(node.bypassed(), Some((at(1.0), &Reason::ShutDown)));
+        assert_eq!(node.next_fence(at(3.0), Uuid::nil()), None);
     }
 
     #[test]

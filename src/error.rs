@@ -29,6 +29,7 @@ pub(crate) enum Kind {
     Migrate,
     NotTracked,
     Pooler,
+    Refused,
     SchemaTooNew,
     SchemaTooOld,
     Standby,
@@ -82,6 +83,12 @@ impl Error {
         self.0.kind == Kind::Pooler
     }
 
+    /// Postgres refused a statement: a right is missing, a lock was not to be had, and the like. The source says what.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.0.kind == Kind::Refused
+    }
+
     /// The database's `rowcache` schema is newer than this library can work with.
     #[must_use]
     pub fn is_schema_too_new(&self) -> bool {
@@ -100,7 +107,7 @@ impl Error {
         self.0.kind == Kind::Standby
     }
 
-    /// The table cannot be cached as asked: there is no such table, it has no primary key, or its key has
+    /// A table cannot be cached or tracked as asked: there is no such table, it has no primary key, or its key has
     /// another type.
     #[must_use]
     pub fn is_table(&self) -> bool {

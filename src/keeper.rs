@@ -32,12 +32,16 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>
 }
 
 async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
+    // Three connections, and a few statements on each.
+    let limit = 3 * shared.config.beat_timeout.max(Duration::from_secs(1));
     let mut ready = Some(ready);
     let mut pauses = pauses();
     loop {
-        let end = match open(shared).await {
-            Ok(line) => hold(shared, &line, &mut ready).await,
-            Err(error) => Err(error),
+        let began = clock::now();
+        let end = match timeout(limit, open(shared)).await {
+            Ok(Ok(line)) => hold(shared, &line, &mut ready).await,
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::new(Kind::Unavailable, format!("Postgres did not answer within {limit:?}"))),
         };
         if let Some(ready) = ready.take() {
             // Only a first attempt that failed gets here. Nobody hears it if `start` was cancelled.
@@ -45,8 +49,9 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
             return;
         }
         match end {
-            // It was up, and is lost: the next attempts start afresh.
-            Ok(()) => pauses = self::pauses(),
+            // It was up for a while, and is lost: the next attempts start afresh.
+            Ok(()) if clock::now() > began + shared.config.lease => pauses = self::pauses(),
+            Ok(()) => {}
             Err(error) => {
                 shared.gap(Reason::ConnectionLost(full(&error)));
                 tracing::warn!(error = full(&error), "cannot restore the LISTEN connection; will try again");
@@ -84,30 +89,35 @@ async fn open(shared: &Arc<Shared>) -> Result<Line> {
         loser.gap(Reason::ConnectionLost(how));
     };
     let line = line::open(&shared.config, &shared.own_channel, received, lost).await?;
-    let pooled = pool_incarnation(shared).await?;
-    if pooled != Some(line.incarnation) {
-        return Err(Error::new(
-            Kind::Config,
-            "the pool and the listener reach different servers or databases: both must reach the same primary",
-        ));
-    }
+    reach_same_server(shared, line.incarnation).await?;
     Ok(line)
 }
 
-/// The server that the pool reaches now. Whatever ended the line may have ended pooled connections too: each
-/// of them may be found dead once.
-async fn pool_incarnation(shared: &Shared) -> Result<Option<Incarnation>> {
+/// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
+/// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
+async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()> {
     let failed = |error| database_error("connecting", "the pool", error);
-    let mut tries = shared.pool.size();
-    let row = loop {
-        match sqlx::query("select canary, started from rowcache.stamp").fetch_one(&shared.pool).await {
-            Err(error) if is_connection_error(&error) && tries > 0 => tries -= 1,
-            outcome => break outcome.map_err(failed)?,
+    let mut outcome = Err(Error::new(
+        Kind::Config,
+        "the pool and the listener reach different servers or databases: both must reach the same primary",
+    ));
+    for _ in 0..=shared.pool.size() {
+        let mut connection = shared.pool.acquire().await.map_err(failed)?;
+        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut *connection).await;
+        match stamp {
+            Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
+            Err(error) => return Err(failed(error)),
+            Ok(row) => {
+                let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
+                let started = row.try_get(1).map_err(failed)?;
+                if canary.map(|canary| Incarnation { canary, started }) == Some(listening) {
+                    return Ok(());
+                }
+            }
         }
-    };
-    let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
-    let started = row.try_get(1).map_err(failed)?;
-    Ok(canary.map(|canary| Incarnation { canary, started }))
+        drop(connection.detach());
+    }
+    outcome
 }
 
 /// Sends fences and verifies triggers until the line is given up. An error if it never proved itself.
@@ -117,6 +127,8 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
         // It ended before the state machine knew of it, which then took no notice.
         shared.gap(Reason::ConnectionLost("closed".into()));
     }
+    // What happened to the triggers while nobody listened is found out before anything is trusted.
+    verify_in_time(shared, line).await?;
     let mut checked_at = clock::now();
     let mut proved = false;
     loop {
@@ -139,9 +151,7 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
         }
         if up && now >= checked_at + shared.config.beat {
             checked_at = now;
-            let verified = timeout(shared.config.beat_timeout, verify(shared, line)).await;
-            let late = |_| Err(Error::new(Kind::Timeout, "verifying the triggers of the cached tables took too long"));
-            if let Err(error) = verified.unwrap_or_else(late) {
+            if let Err(error) = verify_in_time(shared, line).await {
                 tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
                 shared.gap(Reason::ConnectionLost(full(&error)));
             }
@@ -195,6 +205,11 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
         }
         Ok(Err(error)) => shared.gap(Reason::ConnectionLost(full(&error))),
     }
+}
+
+async fn verify_in_time(shared: &Shared, line: &Line) -> Result<()> {
+    let late = |_| Err(Error::new(Kind::Timeout, "verifying the triggers of the cached tables took too long"));
+    timeout(shared.config.beat_timeout, verify(shared, line)).await.unwrap_or_else(late)
 }
 
 /// Holds the triggers of every open table against what they were. A table whose triggers changed is in doubt

@@ -73,6 +73,11 @@ pub enum KeyPart<'a> {
 }
 
 impl KeyPart<'_> {
+    /// No row has this value: Postgres stores no text with a zero byte, and refuses every statement that has one.
+    pub(crate) fn cannot_exist(&self) -> bool {
+        matches!(self, Self::Text(text) if text.contains('\0'))
+    }
+
     /// The same part, owning its text.
     #[must_use]
     pub fn into_owned(self) -> KeyPart<'static> {

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use sqlx::PgPool;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -140,13 +139,7 @@ impl Node {
     /// [`Config::events_max`] behind is told how much was lost.
     #[must_use]
     pub fn subscribe(&self) -> Events {
-        Events(self.0.shared.subscribe())
-    }
-
-    /// The pool that loads use. It is yours too.
-    #[must_use]
-    pub fn pool(&self) -> &PgPool {
-        &self.0.shared.pool
+        self.0.shared.subscribe()
     }
 
     /// Stops every task, closes every connection (the pool's too), and returns when that is done. Reads of its

@@ -10,6 +10,7 @@
 use std::{
     any::{Any, TypeId},
     collections::{BTreeMap, HashMap},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
@@ -18,7 +19,7 @@ use std::{
 use sqlx::PgPool;
 use tokio::{
     sync::{Notify, Semaphore, broadcast, watch},
-    task::JoinHandle,
+    task::{JoinError, JoinHandle},
 };
 use uuid::Uuid;
 
@@ -30,7 +31,7 @@ use crate::{
     error::{Error, Kind, Result},
     inbox::{Inbox, Item},
     postgres::database_error,
-    status::{Event, Status},
+    status::{Event, Events, Status},
     tables::{Member, Tables},
 };
 
@@ -105,12 +106,9 @@ impl Handle {
     pub(crate) async fn stop(&self) {
         self.shared.stop();
         let tasks = std::mem::take(&mut *lock(&self.tasks));
+        let mut panic = None;
         for task in tasks {
-            if let Err(error) = task.await
-                && error.is_panic()
-            {
-                std::panic::resume_unwind(error.into_panic());
-            }
+            panic = task.await.err().filter(JoinError::is_panic).or(panic);
         }
         let clock = lock(&self.clock).take();
         if let Some(clock) = clock {
@@ -118,6 +116,9 @@ impl Handle {
             let _ = tokio::task::spawn_blocking(|| clock.join()).await;
         }
         self.shared.pool.close().await;
+        if let Some(panic) = panic {
+            resume_unwind(panic.into_panic());
+        }
     }
 }
 
@@ -157,7 +158,12 @@ impl Shared {
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             };
             for (n, item) in items.into_iter().enumerate() {
-                self.apply_one(item);
+                // Keys and values bring code of the user's along (`Key::from_parts`, `Drop`), which may panic. Whatever
+                // that left undone is covered by forgetting everything.
+                if catch_unwind(AssertUnwindSafe(|| self.apply_one(item))).is_err() {
+                    tracing::error!("a key or a value panicked while a change was applied; forgot everything");
+                    self.tables.clear(None);
+                }
                 if n % 256 == 255 {
                     tokio::task::yield_now().await;
                 }
@@ -349,8 +355,8 @@ impl Shared {
     }
 
     /// Events from now on.
-    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+    pub(crate) fn subscribe(&self) -> Events {
+        Events { events: self.events.subscribe(), stopping: self.stopping.subscribe() }
     }
 
     pub(crate) fn stopping(&self) -> watch::Receiver<bool> {

@@ -24,7 +24,7 @@ pub struct Stats {
     pub led: u64,
     /// Misses that waited for a load somebody else had asked for.
     pub joined: u64,
-    /// Misses of [`try_get`](crate::Table::try_get), which never loads.
+    /// Misses that asked for no load: of [`try_get`](crate::Table::try_get), and of keys that no row can have.
     pub declined: u64,
     /// Loads of a key that were started.
     pub loads: u64,

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::{change::Change, coherence::Reason};
 
@@ -46,16 +46,29 @@ pub enum Event {
 }
 
 /// A subscription to a node's [`Event`]s.
-pub struct Events(pub(crate) broadcast::Receiver<Event>);
+pub struct Events {
+    pub(crate) events: broadcast::Receiver<Event>,
+    pub(crate) stopping: watch::Receiver<bool>,
+}
 
 impl Events {
-    /// The next event; `None` when the node has gone.
+    /// The next event; `None` when the node was shut down and all that came before has been received.
     ///
     /// # Cancel safety
     ///
     /// Cancelling loses no event.
     pub async fn recv(&mut self) -> Option<Event> {
-        match self.0.recv().await {
+        let event = tokio::select! {
+            biased;
+            event = self.events.recv() => event,
+            // What was sent before the end is still to be had.
+            _ = self.stopping.wait_for(|stopping| *stopping) => match self.events.try_recv() {
+                Ok(event) => Ok(event),
+                Err(broadcast::error::TryRecvError::Lagged(missed)) => Err(broadcast::error::RecvError::Lagged(missed)),
+                Err(_) => return None,
+            },
+        };
+        match event {
             Ok(event) => Some(event),
             Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Lagged(missed)),
             Err(broadcast::error::RecvError::Closed) => None,

@@ -10,8 +10,9 @@
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
 //! **Lock order**: a key's stripe, then `quick_cache`'s shard. The queue's lock is held with no other. No code of
-//! the user runs under any of them (values are dropped after the locks are released), with one exception:
-//! `reclaim` drops values under a shard's lock, so a value's `Drop` must not call into its own table.
+//! the user runs under any of them, with two exceptions: the key's `Hash`, `Eq` and `Clone`; and `reclaim`, which drops
+//! values under a shard's lock, so that a value's `Drop` must not call into its own table. Elsewhere values are dropped
+//! after the locks are released.
 //!
 //! The race that a cache must not lose (X1), and the line that closes it:
 //!
@@ -39,7 +40,7 @@ use crate::{
     error::{Error, Kind, Result},
     fill::{Flight, Verdict},
     gate::{Gate, Word},
-    key::Key,
+    key::{Key, KeyPart},
     stats::Counters,
     sync::{Arc, Mutex, MutexGuard, lock},
     tables::Member,
@@ -52,7 +53,7 @@ pub struct Cached<V>(Arc<Entry<V>>);
 
 /// What the cache knows about one key.
 pub(crate) struct Entry<V> {
-    /// What the gate showed when the load started.
+    /// What the gate showed when the load started, if the entry was published.
     word: Word,
     /// `None`: there is no such row.
     value: Option<V>,
@@ -106,7 +107,7 @@ type Waiter<V> = oneshot::Sender<Outcome<V>>;
 
 /// The answer to [`Store::ask`].
 pub(crate) enum Asked<V> {
-    /// The entry was published in the meantime.
+    /// The entry was published in the meantime, or no row can have this key.
     Hit(Arc<Entry<V>>),
     /// A load will answer.
     Wait(oneshot::Receiver<Outcome<V>>),
@@ -179,6 +180,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
     /// must be handed to [`enqueue`](Self::enqueue) before anybody waits.
     pub(crate) fn ask(&self, key: &K, wanted: &mut Vec<K>) -> Asked<V> {
+        if key.to_parts().iter().any(KeyPart::cannot_exist) {
+            self.counters.declined.add(1);
+            return Asked::Hit(Arc::new(Entry { word: self.gate.word(), value: None }));
+        }
         let (caller, answer) = oneshot::channel();
         let mut flights = self.flights(key);
         let joined = if let Some(flight) = flights.get_mut(key) {
@@ -209,7 +214,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let more = self.limits.runners_max.saturating_sub(queue.runners).min(useful);
         queue.runners += more;
         drop(queue);
-        (0..more).map(|_| Runner { store: Arc::clone(self), batch: Vec::new(), retired: false }).collect()
+        (0..more).map(|_| Runner { store: Arc::clone(self), batch: VecDeque::new(), retired: false }).collect()
     }
 
     /// A row was changed: nothing read before this call may be served after it.
@@ -268,11 +273,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             flights.remove(key);
         }
         drop(flights);
-        drop(evicted);
         for caller in landing.waiting {
             // A caller who was cancelled no longer listens, which harms nobody.
             let _ = caller.send(outcome.clone());
         }
+        drop(evicted);
         landing.again
     }
 }
@@ -289,8 +294,10 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     }
 
     fn show(&self, word: Word) {
+        if self.gate.word().is_coherent() {
+            self.counters.clears.add(1);
+        }
         self.gate.show(word);
-        self.counters.clears.add(1);
     }
 
     fn reclaim(&self) {
@@ -304,7 +311,7 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
 /// runtime that shuts down are one path, and nobody waits for ever (X17).
 pub(crate) struct Runner<K: Key, V: Send + Sync + 'static> {
     store: Arc<Store<K, V>>,
-    batch: Vec<K>,
+    batch: VecDeque<K>,
     retired: bool,
 }
 
@@ -327,23 +334,20 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
         }
         store.counters.loads.add(size as u64);
         store.counters.queries.add(1);
-        Some(&self.batch)
+        Some(self.batch.make_contiguous())
     }
 
     /// Ends the loads of the batch, with one result per key in the order of the keys. `ours`: the rows came
     /// from the server that the node listens to.
     pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, ours: bool) {
-        let mut again = Vec::new();
-        let mut batch = std::mem::take(&mut self.batch).into_iter();
-        for (key, result) in batch.by_ref().zip(results) {
+        for result in results {
+            // Key by key: should the `Drop` of a value panic, the rest of the batch is ended by our own `Drop`.
+            let key = self.batch.pop_front().expect("one result per key");
             if self.store.finish(&key, result, ours) {
-                again.push(key);
+                lock(&self.store.queue).keys.push_back(key);
             }
         }
-        debug_assert!(batch.next().is_none(), "one result per key");
-        if !again.is_empty() {
-            lock(&self.store.queue).keys.extend(again);
-        }
+        debug_assert!(self.batch.is_empty(), "one result per key");
     }
 
     /// Ends the loads of the batch with one error for all.

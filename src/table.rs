@@ -82,7 +82,9 @@ impl<V> Lookup<V> {
 impl<K: Key, V: FromRow> Table<K, V> {
     pub(crate) fn new(handle: Arc<Handle>, store: Arc<Store<K, V>>, tracked: &TrackedTable) -> Self {
         let shared = &handle.shared;
-        let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout));
+        let judge = Arc::clone(shared);
+        let ours = move |incarnation| judge.look(|coherence| coherence.incarnation()) == incarnation;
+        let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout, ours));
         Self { store, source, name: tracked.name.as_str().into(), handle }
     }
 
@@ -169,8 +171,11 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// Once polled, this node has forgotten the row. The others may not be told.
     pub async fn invalidate(&self, key: &K) -> Result<()> {
-        self.store.invalidate(key);
-        self.tell(ChangedRows::Keys(vec![RowKey::new(&key.to_parts())])).await
+        let rows = ChangedRows::Keys(vec![RowKey::new(&key.to_parts())]);
+        let change = Change::requested(&self.name, rows);
+        let shared = &self.handle.shared;
+        Shared::reclaim(shared.tables.apply(&change));
+        shared.broadcast(&change).await
     }
 
     /// Forgets all rows of the table: on this node before the first await, on all nodes by notification.
@@ -184,8 +189,9 @@ impl<K: Key, V: FromRow> Table<K, V> {
     /// As [`invalidate`](Self::invalidate).
     pub async fn clear(&self) -> Result<()> {
         let shared = &self.handle.shared;
-        Shared::reclaim(shared.tables.clear(Some(&self.name)));
-        self.tell(ChangedRows::All).await
+        let change = Change::requested(&self.name, ChangedRows::All);
+        Shared::reclaim(shared.tables.apply(&change));
+        shared.broadcast(&change).await
     }
 
     /// Counters since the table was opened.
@@ -229,10 +235,6 @@ impl<K: Key, V: FromRow> Table<K, V> {
                 Err(Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name)))
             }),
         }
-    }
-
-    async fn tell(&self, rows: ChangedRows) -> Result<()> {
-        self.handle.shared.broadcast(&Change::requested(&self.name, rows)).await
     }
 }
 

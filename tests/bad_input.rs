@@ -84,7 +84,8 @@ pg_test! {
         let db = migrated(test.version).await;
         db.execute(
             "create table untracked (id bigint primary key); create table keyless (id bigint);
-             create table odd (id numeric primary key); select rowcache.track('odd')",
+             create table odd (id numeric primary key); select rowcache.track('odd');
+             create view seen as select 1 as id",
         )
         .await;
         let node = node(&db).await;
@@ -97,6 +98,8 @@ pg_test! {
         assert!(error.is_not_tracked() && text.contains("rowcache track public.untracked"), "{text}");
         let (error, text) = open("keyless").await;
         assert!(error.is_table() && text.contains("no primary key"), "{text}");
+        let (error, text) = open("seen").await;
+        assert!(error.is_table() && text.contains("not a table"), "{text}");
         let (error, text) = open("odd").await;
         assert!(error.is_table() && text.contains("numeric"), "{text}");
     }
@@ -147,6 +150,50 @@ pg_test! {
         }
         assert!(users.peek(&1).is_known() && users.peek(&2).is_known() && !users.peek(&3).is_known());
         assert!(users.get(&2).await.expect("hits").is_some());
+    }
+
+    async fn a_value_that_panics_when_it_is_dropped_harms_nobody_else(test: Test) {
+        #[derive(Debug, FromRow)]
+        struct Bomb {
+            id: i64,
+        }
+        impl Drop for Bomb {
+            fn drop(&mut self) {
+                assert!(self.id != 3, "dropped!");
+            }
+        }
+        test.logs.allow("panicked while a change was applied");
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let users: Table<i64, Bomb> = node.table("users").await.expect("opens");
+        assert!(users.get(&3).await.expect("loads").is_some());
+        assert!(users.get(&4).await.expect("loads").is_some());
+        db.execute("update public.users set name = 'x' where id in (3, 4)").await;
+        node.barrier().await.expect("coherent: the applier has survived");
+        assert!(!users.peek(&3).is_known() && !users.peek(&4).is_known());
+        assert!(users.get(&4).await.expect("loads").is_some());
+        node.shutdown().await;
+    }
+
+    async fn a_key_that_postgres_cannot_take_harms_nobody_else(test: Test) {
+        let server = support::shared_server(test.version).await;
+        let mut db = support::database_on(server, test.version).await;
+        db.name = format!("{}_latin", &db.name[..db.name.len().min(50)]);
+        db.url = server.url(&db.name);
+        let create = format!("create database {} template template0 encoding latin1 locale 'C'", db.name);
+        support::connect(&server.admin_url()).await.batch_execute(&create).await.expect("created");
+        fixture::migrate(&db).await;
+        db.execute("create table texts (k text primary key); insert into texts values ('a'); select rowcache.track('texts')")
+            .await;
+        let node = node(&db).await;
+        let texts: Table<String, (String,)> = node.table("texts").await.expect("opens");
+        let (zero, foreign, good) = (String::from("\0"), String::from("\u{4e2d}"), String::from("a"));
+        assert!(texts.get(&zero).await.expect("no row can have this key").is_none());
+        let both = [foreign.clone(), good.clone()];
+        let error = texts.get_many(&both).await.expect_err("the character is not to be had in this database");
+        assert!(error.is_refused(), "{error:?}");
+        assert!(texts.peek(&good).is_known(), "the key that was loaded with it is here");
+        assert_eq!(texts.stats().queries, 1);
     }
 
     async fn a_message_that_is_garbage_or_forged_only_costs_loads(test: Test) {

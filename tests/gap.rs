@@ -65,7 +65,7 @@ pg_test! {
         let Status::Bypassed { why: Reason::ConnectionLost(_), .. } = node.status() else {
             panic!("{:?}", node.status())
         };
-        assert_eq!(users.status(), node.status());
+        assert!(matches!(users.status(), Status::Bypassed { why: Reason::ConnectionLost(_), .. }));
         assert!(node.barrier().await.is_err_and(|error| error.is_unavailable()), "no barrier without a line");
         db.execute("update public.users set name = 'in the gap' where id = 1").await;
         assert_eq!(name(&users, 1).await.as_deref(), Some("in the gap"), "reads go to Postgres");
@@ -146,7 +146,7 @@ pg_test! {
         server.start().await.expect("recovers");
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         let now = sqlx::query_scalar::<_, String>("select name from public.users where id = 1")
-            .fetch_one(node.pool())
+            .fetch_one(&db.pool().await)
             .await
             .expect("reads");
         assert_eq!(name(&users, 1).await.as_deref(), Some(now.as_str()));
@@ -190,6 +190,35 @@ pg_test! {
         proxy.close_all(Close::Rst).await;
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         assert_eq!(name(&users, 2).await.as_deref(), Some("user 2"));
+    }
+
+    // A failover that leaves the old primary running: pooled connections to it are still good, and wrong.
+    async fn a_failover_that_leaves_the_old_primary_running(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        test.logs.allow("another server than the LISTEN connection");
+        let (old, new) = (support::server(test.version, &[]).await, support::server(test.version, &[]).await);
+        let db = support::database_on(&old, test.version).await;
+        support::connect(&new.admin_url()).await.batch_execute(&format!("create database {}", db.name)).await.expect("ok");
+        let promoted = support::TestDb { url: new.url(&db.name), port: new.port(), ..db.clone() };
+        for db in [&db, &promoted] {
+            fixture::migrate(db).await;
+            db.execute(fixture::USERS).await;
+        }
+        promoted.execute("update public.users set name = 'on the new primary'").await;
+        let (to_pool, to_listener) = (Proxy::start(db.port).await, Proxy::start(db.port).await);
+        let mut config = hasty(&to_pool.url(&db.url));
+        config.listener = hasty(&to_listener.url(&db.url)).listener;
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        to_pool.retarget(promoted.port);
+        to_listener.retarget(promoted.port);
+        to_listener.close_all(Close::Rst).await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("on the new primary"));
+        assert!(users.peek(&1).is_known(), "and it is cached");
     }
 
     // lovego, mission-control #3455, Logflare #2132: a table without its trigger served stale rows.
@@ -325,19 +354,26 @@ pg_test! {
 
     async fn an_exhausted_pool_is_a_timeout_that_says_so(test: Test) {
         let db = users_db(test.version).await;
+        db.execute("create table other (id bigint primary key); select rowcache.track('other')").await;
         let mut config = Config::from_url(&db.url).expect("a good URL");
-        config.pool = config.pool.max_connections(2);
-        config.load_timeout = Duration::from_millis(200);
+        config.pool = config.pool.max_connections(1);
+        config.pool = config.pool.acquire_timeout(Duration::from_millis(100));
+        config.load_timeout = Duration::from_secs(2);
         let node = Node::start(config).await.expect("starts");
         let users = users(&node).await;
-        let held = [node.pool().acquire().await.expect("free"), node.pool().acquire().await.expect("free")];
-        let error = users.get(&1).await.expect_err("no connection is free");
-        assert!(error.is_timeout(), "{error:?}");
-        let text = error.to_string();
-        assert!(text.contains("public.users 1") && text.contains("pool has 2"), "{text}");
+        let other: Table<i64, (i64,)> = node.table("other").await.expect("opens");
+        let client = db.client().await;
+        client.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
+        let stuck = { let users = users.clone(); tokio::spawn(async move { users.get(&1).await.map(drop) }) };
+        eventually("the only connection is taken", async || users.stats().queries == 1).await;
+        let errors = [other.get(&7).await.map(drop), stuck.await.expect("ends")];
+        let errors = errors.map(|outcome| outcome.expect_err("nobody gets through"));
+        assert!(errors.iter().all(rowcache::Error::is_timeout), "{errors:?}");
+        let text = errors[0].to_string();
+        assert!(text.contains("public.other 7") && text.contains("pool has 1"), "{text}");
         assert!(matches!(node.status(), Status::Coherent { .. }), "the line does not depend on the pool");
         node.barrier().await.expect("coherent");
-        drop(held);
+        client.batch_execute("rollback").await.expect("unlocks");
         assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
     }
 
@@ -357,7 +393,7 @@ pg_test! {
         }
         client.batch_execute("rollback").await.expect("unlocks");
         assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "the key is free again");
-        let value: (i64,) = sqlx::query_as("select 7::bigint").fetch_one(node.pool()).await.expect("the pool is whole");
+        let value: (i64,) = sqlx::query_as("select 7::bigint").fetch_one(&db.pool().await).await.expect("the pool is whole");
         assert_eq!(value.0, 7, "and no answer of the load that was given up turns up elsewhere");
     }
 
@@ -433,5 +469,15 @@ pg_test! {
         server.start().await.expect("starts as a standby");
         let error = Node::connect(&db.url).await.expect_err("LISTEN is impossible there");
         assert!(error.is_standby() && error.to_string().contains("primary"), "{error:?}");
+    }
+
+    async fn the_events_end_with_the_node(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let mut events = node.subscribe();
+        node.shutdown().await;
+        assert!(matches!(events.recv().await, Some(Event::Gap(Reason::ShutDown))));
+        assert!(events.recv().await.is_none());
+        assert!(matches!(node.status(), Status::Bypassed { why: Reason::ShutDown, .. }));
     }
 }

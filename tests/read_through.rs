@@ -17,6 +17,7 @@ pg_test! {
         let node = node(&db).await;
         assert!(matches!(node.status(), Status::Coherent { .. }));
         let users = users(&node).await;
+        assert_eq!(users.stats(), rowcache::Stats::default());
         assert!(matches!(users.try_get(&1), Lookup::Unknown));
         let first = users.get(&1).await.expect("loads").expect("exists");
         assert_eq!(*first, User { id: 1, name: "user 1".into() });
@@ -183,8 +184,10 @@ pg_test! {
             name(&here, id).await;
             name(&there, id).await;
         }
+        let otherwise: Table<i64, (i64, String)> = a.table("users").await.expect("opens with another value type");
+        otherwise.get(&1).await.expect("loads");
         here.invalidate(&1).await.expect("sent");
-        assert!(!here.peek(&1).is_known());
+        assert!(!here.peek(&1).is_known() && !otherwise.peek(&1).is_known());
         b.barrier().await.expect("coherent");
         assert!(!there.peek(&1).is_known() && there.peek(&2).is_known());
         here.clear().await.expect("sent");

@@ -14,6 +14,8 @@ use crate::{
 pub(crate) struct Description {
     /// `schema.table`, quoted where Postgres would quote it; `None` when there is no such table.
     pub(crate) relation: Option<String>,
+    /// As in `pg_class`: `r` is a table, `p` a partitioned one.
+    pub(crate) relkind: Option<String>,
     pub(crate) key_columns: Vec<String>,
     pub(crate) key_types: Vec<String>,
     pub(crate) tracked: bool,
@@ -22,7 +24,7 @@ pub(crate) struct Description {
 }
 
 /// The columns asked for, in the order of [`Description`].
-pub(crate) const DESCRIBE: &str = "select relation, coalesce(key_columns, '{}') as key_columns, \
+pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, coalesce(key_columns, '{}') as key_columns, \
      coalesce(key_types, '{}') as key_types, tracked, coalesce(problems, '{}') as problems, fingerprint \
      from rowcache.describe($1)";
 
@@ -66,6 +68,12 @@ impl Description {
                 ),
             ));
         };
+        if !self.relkind.as_deref().is_some_and(|kind| matches!(kind, "r" | "p")) {
+            return Err(Error::new(
+                Kind::Table,
+                format!("{relation} is not a table, and only tables have triggers; cache the tables it is made of"),
+            ));
+        }
         if !self.tracked {
             return Err(if self.key_columns.is_empty() {
                 Error::new(

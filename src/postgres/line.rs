@@ -121,7 +121,9 @@ pub(crate) async fn open(
     listener.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
 
     let (control, sending) = connect(config, "control", |_| {}, lost).await?;
-    let set = format!("{SETTINGS}; set lock_timeout = {}", config.beat_timeout.as_millis().min(1_000_000));
+    // A third, so that a fence which cannot be sent is told apart from one that does not come back.
+    let lock_timeout = (config.beat_timeout / 3).as_millis().clamp(1, 1_000_000);
+    let set = format!("{SETTINGS}; set lock_timeout = {lock_timeout}");
     control.batch_execute(&set).await.map_err(|error| setup_error("setting up the control session failed", error))?;
     let fingerprints = "select name, fingerprint from rowcache.fingerprints($1)";
     let fingerprints = control
@@ -255,6 +257,7 @@ impl Line {
         let row = row.map_err(|error| setup_error("verifying a table failed", error))?;
         Ok(Description {
             relation: row.get("relation"),
+            relkind: row.get("relkind"),
             key_columns: row.get("key_columns"),
             key_types: row.get("key_types"),
             tracked: row.get("tracked"),
@@ -298,7 +301,7 @@ fn connect_error(config: &Config, error: tokio_postgres::Error) -> Error {
 fn setup_error(what: &str, error: tokio_postgres::Error) -> Error {
     match error.code() {
         Some(code) if is_missing(code.code()) => schema_too_old(),
-        Some(code) if !is_shutdown(code.code()) => Error::with(Kind::Table, what, error),
+        Some(code) if !is_shutdown(code.code()) => Error::with(Kind::Refused, what, error),
         _ => Error::with(Kind::Unavailable, what, error),
     }
 }

@@ -38,7 +38,9 @@ pub(crate) fn database_error(doing: &str, what: &str, error: sqlx::Error) -> Err
         sqlx::Error::PoolTimedOut => Kind::Timeout,
         error if is_connection_error(error) => Kind::Unavailable,
         sqlx::Error::Tls(_) => Kind::Unavailable,
-        _ => Kind::Table,
+        error if has_code(error, QUERY_CANCELED) => Kind::Timeout,
+        error if has_code(error, UNDEFINED_TABLE) => Kind::Table,
+        _ => Kind::Refused,
     };
     Error::with(kind, format!("{doing} {what} failed"), error)
 }
@@ -55,10 +57,16 @@ pub(crate) fn refusal(doing: &str, error: sqlx::Error) -> Error {
     Error::new(Kind::Table, format!("{doing}: {}{hint}", refusal.message()))
 }
 
+const QUERY_CANCELED: &str = "57014";
+const UNDEFINED_TABLE: &str = "42P01";
+
+pub(crate) fn has_code(error: &sqlx::Error, code: &str) -> bool {
+    error.as_database_error().and_then(sqlx::error::DatabaseError::code).is_some_and(|it| it == code)
+}
+
 /// `42P05`, `26000`: a prepared statement exists that we did not make, or one of ours does not.
 fn is_foreign_statement(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
-    code.is_some_and(|code| matches!(&*code, "42P05" | "26000"))
+    ["42P05", "26000"].iter().any(|code| has_code(error, code))
 }
 
 /// What to say when our own schema is missing or incomplete.

@@ -35,6 +35,8 @@ pub(crate) struct Rows<K, V> {
     one: String,
     many: String,
     timeout: Duration,
+    /// Whether rows with this stamp come from the server that the node listens to.
+    ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
     types: PhantomData<fn() -> (K, V)>,
 }
 
@@ -42,7 +44,12 @@ pub(crate) struct Rows<K, V> {
 const TRIES: usize = 3;
 
 impl<K: Key, V> Rows<K, V> {
-    pub(crate) fn new(pool: PgPool, table: &TrackedTable, timeout: Duration) -> Self {
+    pub(crate) fn new(
+        pool: PgPool,
+        table: &TrackedTable,
+        timeout: Duration,
+        ours: impl Fn(Option<Incarnation>) -> bool + Send + Sync + 'static,
+    ) -> Self {
         let columns: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
         let keys: String =
             columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
@@ -67,7 +74,7 @@ impl<K: Key, V> Rows<K, V> {
                 equal.join(" and ")
             )
         };
-        Self { pool, table: table.name.clone(), one, many, timeout, types: PhantomData }
+        Self { pool, table: table.name.clone(), one, many, timeout, ours: Box::new(ours), types: PhantomData }
     }
 }
 
@@ -78,16 +85,42 @@ where
 {
     fn load<'a>(&'a self, keys: &'a [K]) -> Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>> {
         Box::pin(async move {
-            let rows = self.fetch(keys).await?;
-            self.decode(keys, &rows)
+            let deadline = Instant::now() + self.timeout;
+            match self.load_together(keys, deadline).await {
+                // One key that Postgres cannot take must not harm those that happen to be loaded with it.
+                Err(error) if error.is_refused() && keys.len() > 1 => self.load_one_by_one(keys, deadline).await,
+                outcome => outcome,
+            }
         })
     }
 }
 
 impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
+    async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
+        let rows = self.fetch(keys, deadline).await?;
+        self.decode(keys, &rows)
+    }
+
+    async fn load_one_by_one(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
+        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), incarnation: None, dirty: false };
+        for key in keys {
+            match self.load_together(std::slice::from_ref(key), deadline).await {
+                Ok(one) => {
+                    // The weakest of the stamps stands for all: one that is not ours spoils the lot.
+                    if all.rows.iter().all(Result::is_err) || !(self.ours)(one.incarnation) {
+                        all.incarnation = one.incarnation;
+                    }
+                    all.dirty |= one.dirty;
+                    all.rows.extend(one.rows);
+                }
+                Err(error) => all.rows.push(Err(error)),
+            }
+        }
+        Ok(all)
+    }
+
     /// Runs the statement, on another connection when the first one turns out to be dead.
-    async fn fetch(&self, keys: &[K]) -> Result<Vec<PgRow>> {
-        let deadline = Instant::now() + self.timeout;
+    async fn fetch(&self, keys: &[K], deadline: Instant) -> Result<Vec<PgRow>> {
         let mut tries = 1;
         loop {
             let mut connection = match timeout_at(deadline, self.pool.acquire()).await {
@@ -100,7 +133,13 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                 Ok(Err(error)) => return Err(database_error("loading", &self.of(keys), error)),
             };
             match timeout_at(deadline, self.run(&mut connection, keys)).await {
-                Ok(Ok(rows)) => return Ok(rows),
+                Ok(Ok(rows)) => {
+                    if !(self.ours)(rows.first().and_then(incarnation)) {
+                        // To a server that was replaced, perhaps: the next load gets another one.
+                        drop(connection.detach());
+                    }
+                    return Ok(rows);
+                }
                 // Dropped, not returned to the pool: it is broken.
                 Ok(Err(error)) if is_connection_error(&error) && tries < TRIES => {
                     drop(connection.detach());
@@ -122,7 +161,8 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     /// The pool tries to connect for as long as it may, so a timeout can mean that all connections are in use,
     /// or that Postgres accepts none.
     fn no_connection(&self, keys: &[K]) -> Error {
-        let (what, limit, max) = (self.of(keys), self.timeout, self.pool.options().get_max_connections());
+        let (what, options) = (self.of(keys), self.pool.options());
+        let (limit, max) = (self.timeout.min(options.get_acquire_timeout()), options.get_max_connections());
         if self.pool.size() < max {
             Error::new(Kind::Unavailable, format!("cannot connect to Postgres for a load of {what} within {limit:?}"))
         } else {
@@ -179,8 +219,6 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
         let first = rows.first().ok_or_else(|| self.broken("the statement returned no row"))?;
         let stamp = |error| database_error("reading the stamp of", &self.table, error);
-        let canary: Option<Uuid> = first.try_get("rowcache.canary").map_err(stamp)?;
-        let started: i64 = first.try_get("rowcache.started").map_err(stamp)?;
         let dirty: bool = first.try_get("rowcache.dirty").map_err(stamp)?;
         let mut found = HashMap::with_capacity(rows.len());
         for row in rows {
@@ -197,7 +235,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         }
         Ok(Loaded {
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
-            incarnation: canary.map(|canary| Incarnation { canary, started }),
+            incarnation: incarnation(first),
             dirty,
         })
     }
@@ -237,6 +275,12 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
             keys => format!("{} rows of {}", keys.len(), self.table),
         }
     }
+}
+
+/// The server that a row comes from; `None` when it has lost its canary.
+fn incarnation(row: &PgRow) -> Option<Incarnation> {
+    let canary = row.try_get::<Option<Uuid>, _>("rowcache.canary").ok()??;
+    Some(Incarnation { canary, started: row.try_get("rowcache.started").ok()? })
 }
 
 /// Decodes a row with the user's code, which may panic: that must reach those who asked for this row, and
