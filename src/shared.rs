@@ -235,7 +235,11 @@ impl Shared {
                         self.tell(Event::Gap(why.clone()));
                     }
                 }
-                Action::Release(fence) => self.progress.send_modify(|progress| progress.fence = fence),
+                Action::Release(fence) => {
+                    self.progress.send_modify(|progress| progress.fence = fence);
+                    // The next fence may be due, for those who came too late for this one.
+                    self.wake.notify_one();
+                }
             }
         }
         if coherence.gaps() != gaps {

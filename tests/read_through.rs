@@ -196,6 +196,25 @@ pg_test! {
         assert!(!there.peek(&2).is_known());
     }
 
+    async fn barriers_do_not_wait_for_the_beat(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = rowcache::Config::from_url(&db.url).expect("a good URL");
+        // With beats an hour apart, nothing but the barriers themselves can move them along.
+        let hour = std::time::Duration::from_hours(1);
+        (config.beat, config.beat_timeout, config.lease) = (hour, 2 * hour, 2 * hour);
+        let node = Node::start(config).await.expect("starts");
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..50 {
+            let node = node.clone();
+            callers.spawn(async move {
+                for _ in 0..5 {
+                    node.barrier().await.expect("coherent");
+                }
+            });
+        }
+        assert_eq!(callers.join_all().await.len(), 50);
+    }
+
     async fn capacity_is_a_bound(test: Test) {
         let db = users_db(test.version).await;
         db.execute("insert into public.users select n, 'x' from generate_series(11, 2000) n").await;
