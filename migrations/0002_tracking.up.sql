@@ -330,15 +330,16 @@ begin
     -- and rolls back with it. Beyond the limit all messages are the same one, which Postgres sends once.
     message := current_setting(%4$s, true);
     row_count := case when message ~ '^[0-9]{1,9}$' then message::int else 0 end;
-    begin
-%5$s    exception when others then
-      -- Most likely a column was renamed. The writer's statement must not fail for that.
-      row_count := %6$s;
-    end;
     if row_count >= %6$s then
       perform pg_notify('rowcache', %3$s);
       return null;
     end if;
+    begin
+%5$s    exception when others then
+      -- Most likely a column was renamed. The writer's statement must not fail for that.
+      perform pg_notify('rowcache', %3$s);
+      return null;
+    end;
     if %7$s then
       return null;
     end if;

@@ -29,6 +29,7 @@ pub use config::{Config, TableOptions};
 pub use error::{Error, Result};
 pub use key::{Key, KeyPart, KeyType};
 pub use node::{Event, Events, Node, Status};
+pub use postgres::{install, migrate};
 pub use stats::Stats;
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};

@@ -1,7 +1,9 @@
 //! The only place with SQL and sockets.
 
 pub(crate) mod catalog;
+pub mod install;
 pub(crate) mod line;
+pub mod migrate;
 pub(crate) mod rows;
 
 use crate::error::{Error, Kind};
