@@ -1,8 +1,8 @@
 //! x
 #![allow(dead_code, missing_docs)]
-mod change;
 #[cfg(feature = "cli")]
 pub mod cli;
+mod change;
 mod clock;
 mod coherence;
 mod config;
