@@ -44,12 +44,16 @@ impl CommitTimes {
         Self { pool, clock: None, measured_at: None }
     }
 
-    /// How long before the given moment each transaction committed; those that cannot be told are left out.
-    pub(crate) async fn latencies(&mut self, seen: &[(u64, SystemTime)]) -> HashMap<u64, Duration> {
-        let measured = timeout(ANSWER_WITHIN, self.measure()).await;
-        let Ok(Ok(Some(clock))) = measured else { return HashMap::new() };
-        let Ok(Ok(commits)) = timeout(ANSWER_WITHIN, self.commits(seen)).await else { return HashMap::new() };
-        seen.iter().filter_map(|&(xid, at)| Some((xid, clock.between(*commits.get(&xid)?, micros(at))?))).collect()
+    /// How long before the given moment each transaction committed, in their order; `None` where it cannot be told.
+    pub(crate) async fn latencies(&mut self, seen: &[(u64, SystemTime)]) -> Vec<Option<Duration>> {
+        let found = timeout(ANSWER_WITHIN, self.find(seen)).await;
+        found.ok().and_then(Result::ok).unwrap_or_else(|| vec![None; seen.len()])
+    }
+
+    async fn find(&mut self, seen: &[(u64, SystemTime)]) -> sqlx::Result<Vec<Option<Duration>>> {
+        let Some(clock) = self.measure().await? else { return Ok(vec![None; seen.len()]) };
+        let commits = self.commits(seen).await?;
+        Ok(seen.iter().map(|(xid, at)| clock.between(*commits.get(xid)?, micros(*at))).collect())
     }
 
     /// The clock as it was measured last, or is measured now. `None`: the server keeps no commit times.

@@ -6,6 +6,7 @@ mod account;
 mod commit_time;
 mod connect;
 mod database;
+mod demo;
 pub mod logs;
 mod programs;
 mod report;
@@ -82,6 +83,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Shows it at work: a throw-away database, psql processes that write, nodes that read, and a check of every promise.
+    #[command(after_help = demo::HELP)]
+    Demo(demo::Options),
 }
 
 const WATCH: &str = "\
@@ -168,7 +172,7 @@ impl Cli {
     #[must_use]
     pub fn log_level(&self) -> &'static str {
         match self.command {
-            Command::Watch { .. } => "error",
+            Command::Watch { .. } | Command::Demo(_) => "error",
             _ => "warn",
         }
     }
@@ -192,6 +196,7 @@ impl Cli {
             Command::Untrack { tables } => database::untrack(self.url(), tables).await?,
             Command::Tracked { json } => database::tracked(self.url(), *json).await?,
             Command::Watch { tables, json } => watch::watch(self.url(), tables, *json).await?,
+            Command::Demo(options) => return demo::demo(self.database_url.as_deref(), options).await,
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -4,7 +4,6 @@
 //! neither a slow terminal nor asking for commit times makes a change look late.
 
 use std::{
-    collections::HashMap,
     io::Write as _,
     time::{Duration, SystemTime},
 };
@@ -59,15 +58,16 @@ async fn follow(url: &str, tables: &[String], json: bool) -> Result<()> {
     let mut connected = true;
     while received.recv_many(&mut batch, LINES_MAX).await > 0 {
         batch.retain(|(_, event)| concerns(event, &tables));
-        let seen: Vec<_> = batch.iter().filter_map(|(at, event)| Some((xid(event)?, *at))).collect();
         connected = batch.iter().fold(connected, |was, (_, event)| match event {
             Event::Gap(_) => false,
             Event::Coherent => true,
             _ => was,
         });
-        let latencies = if seen.is_empty() || !connected { HashMap::new() } else { commits.latencies(&seen).await };
+        let seen: Vec<_> = batch.iter().filter_map(|(at, event)| Some((xid(event)?, *at))).collect();
+        let found = if connected && !seen.is_empty() { commits.latencies(&seen).await } else { Vec::new() };
+        let mut found = found.into_iter();
         for (at, event) in batch.drain(..) {
-            let latency = xid(&event).and_then(|xid| latencies.get(&xid).copied());
+            let latency = xid(&event).and_then(|_| found.next()).flatten();
             printer.print(at, &event, latency)?;
         }
     }
