@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::{checker::Findings, nodes::DemoNode, writers::YOURS};
+use super::{checker::Findings, nodes::DemoNode, world::TABLE, writers::YOURS};
 use crate::{Change, Key as _, RowKey, Rows, Stats, Status, cli::text};
 
 /// Latencies count for this long, and are at most this many per node.
@@ -51,7 +51,7 @@ pub(super) struct Commit {
     pub(super) number: u64,
     pub(super) at: SystemTime,
     pub(super) xid: Option<u64>,
-    pub(super) table: String,
+    table: String,
     /// All rows of the table; else the first keys, and how many there are.
     all: bool,
     keys: Vec<RowKey>,
@@ -67,8 +67,11 @@ pub(super) struct Commit {
 }
 
 impl Commit {
-    pub(super) fn keys(&self, width: usize) -> String {
-        if self.all { "all".to_owned() } else { text::keys(&self.keys, self.count, width) }
+    /// Its rows, after the table if that is another one than the demo's.
+    pub(super) fn rows(&self, width: usize) -> String {
+        let table = if self.table == TABLE { String::new() } else { format!("{} ", self.table) };
+        let rows = if self.all { "all".to_owned() } else { text::keys(&self.keys, self.count, width) };
+        table + &rows
     }
 
     pub(super) fn nodes(&self) -> u32 {

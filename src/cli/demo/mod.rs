@@ -90,7 +90,7 @@ impl Invitation {
         vec![
             format!("join in:  {}", self.psql),
             format!("          update {} set name = 'Ada' where id = 42;", self.table),
-            format!("rows 1 to {YOURS} are yours: the writers change others, and put back those that are gone"),
+            format!("rows 1 to {YOURS} are yours; the writers change others, and put back what is gone"),
         ]
     }
 }
@@ -157,6 +157,7 @@ async fn run(world: &World, options: &Options, signals: &mut Signals) -> Result<
         ended = workers.join_next() => ended.context("nothing runs")?.context("a part of the demo failed")?,
     };
     stop.send_replace(true);
+    eprintln!("stopping, and comparing what the nodes hold with the table");
     let end = async {
         shown?;
         while let Some(ended) = workers.join_next().await {

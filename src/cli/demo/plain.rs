@@ -58,10 +58,9 @@ fn commit_line(commit: &Commit, nodes: usize) -> String {
     let xid = commit.xid.map_or_else(|| "-".to_owned(), |xid| xid.to_string());
     let latency = text::millis(commit.latency);
     format!(
-        "{}  {}  {}  xid {xid}  nodes {}/{nodes}  {latency} ms",
+        "{}  {}  xid {xid}  nodes {}/{nodes}  {latency} ms",
         local(commit.at),
-        commit.table,
-        commit.keys(40),
+        commit.rows(40),
         commit.nodes()
     )
 }

@@ -134,8 +134,8 @@ impl View<'_> {
         frame.render_widget(Paragraph::new(invitation), join);
         self.draw_nodes(frame, nodes);
         let (for_you, for_all): (Vec<_>, Vec<_>) = self.commits.iter().rev().partition(|commit| commit.yours);
-        self.draw_commits(frame, yours, " your changes, newest first ", &for_you);
-        self.draw_commits(frame, others, " the writers' changes ", &for_all);
+        self.draw_commits(frame, yours, " your changes to the table, newest first ", &for_you);
+        self.draw_commits(frame, others, " the writers' changes to the table ", &for_all);
         let foot_text = format!("q leaves   writers: {}", self.invitation.writers);
         frame.render_widget(Paragraph::new(foot_text).dim(), foot);
     }
@@ -189,7 +189,7 @@ impl View<'_> {
                 Cell::from(commit.xid.map_or_else(|| "-".to_owned(), |xid| format!("xid {xid}"))),
                 right(nodes),
                 right(format!("{} ms", millis(commit.latency))),
-                Cell::from(commit.keys(keys_width)),
+                Cell::from(commit.rows(keys_width)),
             ])
         });
         let block = Block::new().borders(Borders::TOP).title(title);
