@@ -35,8 +35,8 @@ comment on table rowcache.tracked_table is 'What track() was told. Read it throu
 create or replace function rowcache.relation_name(relation regclass) returns text
   language sql stable
   set search_path = pg_catalog, pg_temp
-  set quote_all_identifiers = off
 as $$
+  -- Whoever asks has switched quote_all_identifiers off.
   select relation::text
 $$;
 comment on function rowcache.relation_name(regclass) is 'The name in messages: schema-qualified, quoted where needed';
@@ -91,9 +91,10 @@ create or replace function rowcache.needs_row_level(relation regclass) returns b
 as $$
   select
     -- A statement on a partition or a child does not fire its parent's statement triggers, nor the other way round.
-    (select c.relkind = 'p' or c.relispartition from pg_class c where c.oid = relation)
-    or (select count(*) > 1 from rowcache.tree(relation))
+    (select count(*) > 1 from rowcache.tree(relation))
     or exists (select from pg_inherits i where i.inhrelid = relation)
+    -- It will have partitions.
+    or (select c.relkind = 'p' from pg_class c where c.oid = relation)
     -- Replication applies rows without firing statement triggers at all.
     or exists (select from pg_subscription_rel s where s.srrelid = relation)
 $$;
@@ -151,10 +152,10 @@ begin
         '''"'' || case when isfinite(%1$s) then (%1$s - ''2000-01-01''::date)::text else (%1$s)::text end || ''"''',
         value);
     when type.oid in ('timestamp'::regtype, 'timestamptz'::regtype) then
-      -- extract() is exact, and 946684800 is 2000-01-01 00:00:00 UTC.
+      -- By way of an interval: extract() of a timestamp itself is not exact in the last thirty years before infinity.
       return format(
-        '''"'' || case when isfinite(%1$s) then ((extract(epoch from %1$s) - 946684800) * 1000000)::int8::text'
-        ' else (%1$s)::text end || ''"''', value);
+        $q$'"' || case when isfinite(%1$s) then (extract(epoch from %1$s - %2$L::%3$s) * 1000000)::int8::text else (%1$s)::text end || '"'$q$,
+        value, '2000-01-01 00:00:00+00', type.typname);
     else
       raise exception 'column % of table % has type %, of which rowcache knows no canonical text',
           quote_ident(column_name), rowcache.relation_name(relation), shown_type
@@ -441,6 +442,7 @@ create or replace function rowcache.problems(relation regclass) returns setof te
   -- Definer, because the table it reads is private.
   language plpgsql stable security definer
   set search_path = pg_catalog, pg_temp
+  set quote_all_identifiers = off
 as $$
 declare
   t rowcache.tracked_table;

@@ -4,9 +4,9 @@
 //! What has been run is recorded in `rowcache.migrations`. The files can as well be run by hand (`psql -f`), before or
 //! after: each may be run twice. Only [`up`] and [`down`] change anything; nothing in this crate calls them by itself.
 //!
-//! One migration at a time: an advisory lock on a connection of our own, closed afterwards, so that an error cannot
-//! leave the lock behind in the pool. (sqlx's own lock would stay on the connection, and ends before [`down`] has
-//! cleared up.)
+//! One migration at a time: an advisory lock on a connection that leaves the pool and is closed afterwards, so that an
+//! error cannot leave the lock behind. (sqlx's own lock would stay on the pooled connection, and ends before [`down`] has
+//! cleared up.) The work itself is done on another connection of the pool.
 
 use std::collections::HashMap;
 
@@ -51,11 +51,11 @@ pub struct File {
 ///
 /// # Cancel safety
 ///
-/// Cancelling closes the connection, which leaves whole files applied and the rest not.
+/// Cancelling leaves whole files applied and the rest not.
 pub async fn up(pool: &PgPool) -> Result<Vec<i64>, MigrateError> {
     let mut connection = lock(pool).await?;
     let before = applied(&mut connection).await?;
-    migrator().run(&mut connection).await?;
+    migrator().run(pool).await?;
     let mut versions: Vec<i64> = applied(&mut connection).await?.into_keys().collect();
     connection.close().await?;
     versions.retain(|version| !before.contains_key(version));
@@ -83,7 +83,7 @@ pub async fn down(pool: &PgPool, steps: usize) -> Result<Vec<i64>, MigrateError>
     let target = versions.get(steps).copied().unwrap_or(0);
     versions.truncate(steps);
     if !versions.is_empty() {
-        migrator().undo(&mut connection, target).await?;
+        migrator().undo(pool, target).await?;
         if target == 0 {
             sqlx::query("drop table rowcache.migrations").execute(&mut connection).await?;
             drop_schema(&mut connection).await?;
@@ -139,7 +139,8 @@ fn name(migration: &Migration) -> String {
     migration.description.replace(' ', "_")
 }
 
-/// A connection that holds the lock until it is closed.
+/// A connection that holds the lock until it is closed. It no longer counts in the pool: those who wait here keep nobody
+/// from a connection.
 async fn lock(pool: &PgPool) -> Result<PgConnection, sqlx::Error> {
     let mut connection = pool.acquire().await?.detach();
     sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut connection).await?;

@@ -1,5 +1,7 @@
 //! Fingerprints: they change with whatever could have let a write pass unseen, and with nothing that happens every day.
 
+use rowcache::cli::temp_server::Stop;
+
 use crate::{Db, support};
 
 pg_test! {
@@ -188,12 +190,11 @@ pg_test! {
         let mut server = support::server(test.version, &[]).await;
         let db = support::database_on(&server, test.version).await;
         let first = Db::on(db.clone()).await.text("rowcache.incarnation()").await;
-        server.restart().await.expect("restart");
+        server.restart(Stop::Fast).await.expect("restart");
         let client = db.client().await;
         let ask = "select rowcache.incarnation()";
         assert_eq!(client.query_one(ask, &[]).await.expect(ask).get::<_, Option<String>>(0), first);
-        server.crash().await.expect("crash");
-        server.start_again().await.expect("start");
+        server.restart(Stop::Immediate).await.expect("crash");
         let client = db.client().await;
         let canary = client.query_one("select canary::text from rowcache.stamp", &[]).await.expect("stamp");
         assert_eq!(canary.get::<_, Option<String>>(0), None);

@@ -76,8 +76,8 @@ pg_test! {
     async fn writes_through_an_updatable_view(test: Test) {
         for level in LEVELS {
             let mut db = Db::with_table(&test, level).await;
-            db.run("create view some as select id, v from t where id < 100").await;
-            db.tells("insert into some values (6, 1); update some set v = 2 where id = 1; delete from some where id = 2", "1 2 6")
+            db.run("create view shown as select id, v from t where id < 100").await;
+            db.tells("insert into shown values (6, 1); update shown set v = 2 where id = 1; delete from shown where id = 2", "1 2 6")
                 .await;
         }
     }
@@ -131,7 +131,8 @@ pg_test! {
         assert_eq!(refusal.message, "cannot PREPARE a transaction that has executed LISTEN, UNLISTEN, or NOTIFY");
         // Without a row there is nothing to tell.
         db.run("begin; update t set v = 1 where id = 99").await;
-        db.run(&format!("prepare transaction '{0}'; rollback prepared '{0}'", db.db.name)).await;
+        db.run(&format!("prepare transaction '{}'", db.db.name)).await;
+        db.run(&format!("rollback prepared '{}'", db.db.name)).await;
     }
 
     async fn a_writer_needs_no_right_on_the_schema(test: Test) {

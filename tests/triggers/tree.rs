@@ -110,6 +110,14 @@ pg_test! {
         assert_eq!(refusal.hint, "Track the whole only: select rowcache.untrack('public.t').");
     }
 
+    async fn a_partitioned_table_tracked_before_it_has_partitions(test: Test) {
+        let mut db = Db::new(&test).await;
+        db.run("create table t (id int primary key, v int) partition by range (id); select rowcache.track('t')").await;
+        assert_eq!(db.problems("t").await, Vec::<String>::new());
+        db.run("create table t1 partition of t default").await;
+        db.tells("insert into t1 values (1)", "1").await;
+    }
+
     async fn a_plain_table_that_becomes_a_partition_has_problems(test: Test) {
         let mut db = Db::with_table(&test, "statement").await;
         let before = db.fingerprint("public.t").await;
