@@ -1,6 +1,6 @@
 //! Every knob of a node, with its unit, its default and the reason for it.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
@@ -25,7 +25,7 @@ use crate::{
 /// config.load_timeout = Duration::from_secs(2);
 /// # Ok::<(), rowcache::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Config {
     /// Where the pool connects to.
@@ -129,6 +129,22 @@ impl Config {
             return wrong("`events_max` must be at least 1");
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without `pool_connect`, which would print its password.
+        let Self { listener, beat, beat_timeout, lease, loads_max, load_keys_max, load_timeout, .. } = self;
+        f.debug_struct("Config")
+            .field("listener", listener)
+            .field("beat", beat)
+            .field("beat_timeout", beat_timeout)
+            .field("lease", lease)
+            .field("loads_max", loads_max)
+            .field("load_keys_max", load_keys_max)
+            .field("load_timeout", load_timeout)
+            .finish_non_exhaustive()
     }
 }
 

@@ -50,10 +50,6 @@ impl Error {
         Self(Arc::new(Inner { kind, message: message.into(), source: Some(source.into()) }))
     }
 
-    pub(crate) fn kind(&self) -> Kind {
-        self.0.kind
-    }
-
     /// The node was shut down, or the runtime it ran on.
     #[must_use]
     pub fn is_closed(&self) -> bool {

@@ -15,11 +15,11 @@ use crate::{
     coherence::{Boot, Fence, Incarnation, Reason},
     error::{Error, Kind, Result},
     inbox::Item,
-    node::Shared,
     postgres::{
-        database_error,
+        database_error, is_connection_error,
         line::{self, Line, Received},
     },
+    shared::Shared,
 };
 
 /// Runs until the node is stopped. `ready` hears how the first attempt went; if it failed, nothing follows.
@@ -94,10 +94,17 @@ async fn open(shared: &Arc<Shared>) -> Result<Line> {
     Ok(line)
 }
 
+/// The server that the pool reaches now. Whatever ended the line may have ended pooled connections too: each
+/// of them may be found dead once.
 async fn pool_incarnation(shared: &Shared) -> Result<Option<Incarnation>> {
     let failed = |error| database_error("connecting", "the pool", error);
-    let stamp = sqlx::query("select canary, started from rowcache.stamp");
-    let row = stamp.fetch_one(&shared.pool).await.map_err(failed)?;
+    let mut tries = shared.pool.size();
+    let row = loop {
+        match sqlx::query("select canary, started from rowcache.stamp").fetch_one(&shared.pool).await {
+            Err(error) if is_connection_error(&error) && tries > 0 => tries -= 1,
+            outcome => break outcome.map_err(failed)?,
+        }
+    };
     let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
     let started = row.try_get(1).map_err(failed)?;
     Ok(canary.map(|canary| Incarnation { canary, started }))

@@ -351,10 +351,6 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
         let failures: Vec<_> = self.batch.iter().map(|_| Err(error.clone())).collect();
         self.finish(failures, false);
     }
-
-    pub(crate) fn counters(&self) -> &Counters {
-        &self.store.counters
-    }
 }
 
 impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {

@@ -17,10 +17,11 @@ use crate::{
     error::{Error, Kind, Result},
     key::{self, Key},
     load,
-    node::{Node, Status},
     postgres::{catalog::TrackedTable, rows::Rows},
+    shared::Handle,
     source::Source,
     stats::Stats,
+    status::Status,
     store::{Asked, Cached, Entry, Outcome, Store},
 };
 
@@ -32,10 +33,11 @@ impl<V: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'static> FromRo
 
 /// The cached rows of one table, by key. Cheap to clone.
 ///
-/// Made by [`Node::table`]. A row that does not exist is cached as well, until an INSERT. Values are shared, not
+/// Made by [`Node::table`](crate::Node::table). A row that does not exist is cached as well, until an INSERT. Values are shared, not
 /// copied; their `Drop` must not call into the table they were cached in.
 pub struct Table<K: Key, V: FromRow> {
-    node: Node,
+    /// Keeps the node alive.
+    handle: Arc<Handle>,
     store: Arc<Store<K, V>>,
     source: Arc<dyn Source<K, V>>,
     name: Arc<str>,
@@ -78,10 +80,10 @@ impl<V> Lookup<V> {
 }
 
 impl<K: Key, V: FromRow> Table<K, V> {
-    pub(crate) fn new(node: Node, store: Arc<Store<K, V>>, tracked: &TrackedTable) -> Self {
-        let shared = node.shared();
+    pub(crate) fn new(handle: Arc<Handle>, store: Arc<Store<K, V>>, tracked: &TrackedTable) -> Self {
+        let shared = &handle.shared;
         let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout));
-        Self { store, source, name: tracked.name.as_str().into(), node }
+        Self { store, source, name: tracked.name.as_str().into(), handle }
     }
 
     /// The row with this key: from memory if it is held, else from Postgres. `None`: there is no such row.
@@ -181,7 +183,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// As [`invalidate`](Self::invalidate).
     pub async fn clear(&self) -> Result<()> {
-        let shared = self.node.shared();
+        let shared = &self.handle.shared;
         shared.reclaim(shared.tables.clear(Some(&self.name)));
         self.tell(ChangedRows::All).await
     }
@@ -192,22 +194,16 @@ impl<K: Key, V: FromRow> Table<K, V> {
         self.store.counters.snapshot(self.store.len())
     }
 
-    /// Whether entries of this table are served: as [`Node::status`], unless the table's triggers are in doubt.
+    /// Whether entries of this table are served: as [`Node::status`](crate::Node::status), unless the table's triggers are in doubt.
     #[must_use]
     pub fn status(&self) -> Status {
-        self.node.shared().status_of(&self.name)
+        self.handle.shared.status_of(&self.name)
     }
 
     /// The name of the table, as `schema.table`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// The node that this table belongs to.
-    #[must_use]
-    pub fn node(&self) -> &Node {
-        &self.node
     }
 
     #[cold]
@@ -220,7 +216,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
 
     fn start_loads(&self, wanted: Vec<K>) {
         for runner in self.store.enqueue(wanted) {
-            let shared = Arc::clone(self.node.shared());
+            let shared = Arc::clone(&self.handle.shared);
             tokio::spawn(load::run(runner, Arc::clone(&self.source), shared));
         }
     }
@@ -236,14 +232,14 @@ impl<K: Key, V: FromRow> Table<K, V> {
     }
 
     async fn tell(&self, rows: ChangedRows) -> Result<()> {
-        self.node.shared().broadcast(&Change::requested(&self.name, rows)).await
+        self.handle.shared.broadcast(&Change::requested(&self.name, rows)).await
     }
 }
 
 impl<K: Key, V: FromRow> Clone for Table<K, V> {
     fn clone(&self) -> Self {
         Self {
-            node: self.node.clone(),
+            handle: Arc::clone(&self.handle),
             store: Arc::clone(&self.store),
             source: Arc::clone(&self.source),
             name: Arc::clone(&self.name),

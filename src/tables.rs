@@ -22,7 +22,7 @@ pub(crate) trait Member: Send + Sync {
 }
 
 /// What a table looked like when its triggers were found to be whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Trust {
     /// Changes with everything that could let a write pass unseen.
     pub(crate) fingerprint: String,

@@ -1,5 +1,7 @@
 //! Reading through the cache, and what an UPDATE elsewhere does to it: one node and several, on real Postgres.
 
+#![cfg(feature = "cli")] // the throw-away server is part of it: `cargo test --all-features`
+
 #[macro_use]
 mod support;
 mod fixture;

@@ -4,13 +4,15 @@
 //! further column; of another table the words start with its name and a colon; `_` stands for a space. Nothing more than the list may arrive: a
 //! marker sent afterwards comes next (commits are delivered in order).
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 
-#[path = "triggers/fires.rs"]
-mod fires;
 #[path = "triggers/fingerprint.rs"]
 mod fingerprint;
+#[path = "triggers/fires.rs"]
+mod fires;
 #[path = "triggers/message.rs"]
 mod message;
 #[path = "triggers/migrate.rs"]
@@ -52,7 +54,7 @@ impl Db {
 
     async fn on(db: TestDb) -> Self {
         let client = db.client().await;
-        for file in rowcache::postgres::migrate::print() {
+        for file in rowcache::migrate::print() {
             if file.name.ends_with(".up.sql") {
                 client.batch_execute(&file.sql).await.unwrap_or_else(|error| panic!("{}: {error:?}", file.name));
             }

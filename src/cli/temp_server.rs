@@ -16,12 +16,16 @@
 //! Server and watchdog have process groups of their own, so that Ctrl-C on the terminal reaches us first and we can
 //! still use the database while we stop.
 //!
+//! **Who can connect**: everybody on this machine, as a superuser, without a password, as long as it runs.
+//!
 //! **As root** everything runs as the user `postgres`, else `nobody`, since Postgres refuses to run as root.
 
 use std::{
     fmt::Write as _,
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, Permissions},
+    marker::PhantomData,
     net::TcpListener,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -163,8 +167,11 @@ impl TempServer {
     /// All that comes before the cluster: programs, directory, watchdog.
     async fn prepare(options: Options) -> Result<Self> {
         let account = Account::choose()?;
-        let home =
-            tempfile::Builder::new().prefix("rowcache-").tempdir().context("cannot make a temporary directory")?;
+        let home = tempfile::Builder::new()
+            .prefix("rowcache-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .context("cannot make a temporary directory")?;
         let socket_dir = home.path().join("socket");
         fs::create_dir(&socket_dir)?;
         account.own(home.path())?;
@@ -352,10 +359,10 @@ impl TempServer {
     /// # Cancel safety
     ///
     /// Nothing stays frozen.
-    pub async fn freeze(&self) -> Result<Frozen> {
+    pub async fn freeze(&self) -> Result<Frozen<'_>> {
         let (client, connection) = tokio_postgres::connect(&self.admin_url(), NoTls).await?;
         let driver = tokio::spawn(connection);
-        let mut frozen = Frozen { pids: Vec::new() };
+        let mut frozen = Frozen { pids: Vec::new(), server: PhantomData };
         // The parent first: it cannot start further processes then, and the list below is complete.
         let postmaster = self.postmaster.as_ref().context("the server is stopped")?;
         frozen.stop(pid_of(postmaster.id()))?;
@@ -451,11 +458,13 @@ impl Drop for TempServer {
 /// Frozen server processes; they run again when this is dropped.
 #[derive(Debug)]
 #[must_use = "the server thaws when this is dropped"]
-pub struct Frozen {
+pub struct Frozen<'a> {
     pids: Vec<Pid>,
+    /// The server cannot be stopped or dropped meanwhile: it would wait in vain for its processes.
+    server: PhantomData<&'a TempServer>,
 }
 
-impl Frozen {
+impl Frozen<'_> {
     fn stop(&mut self, pid: Pid) -> Result<()> {
         kill(pid, Signal::SIGSTOP).with_context(|| format!("cannot stop process {pid}"))?;
         self.pids.push(pid);
@@ -463,7 +472,7 @@ impl Frozen {
     }
 }
 
-impl Drop for Frozen {
+impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         for pid in &self.pids {
             let _ = kill(*pid, Signal::SIGCONT);

@@ -5,6 +5,8 @@
 
 use sqlx::{PgExecutor, Row as _, postgres::PgRow};
 
+use crate::{error::Result, postgres::refusal};
+
 /// How a table is to be tracked.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TrackOptions {
@@ -81,7 +83,7 @@ pub struct Tracked {
 /// # Cancel safety
 ///
 /// It happens as a whole or not at all.
-pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOptions) -> Result<String, sqlx::Error> {
+pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOptions) -> Result<String> {
     sqlx::query_scalar(
         "select rowcache.track($1::text::regclass, $2::text[]::name[], $3::text[]::name[], $4::text[]::name[], $5, $6)",
     )
@@ -93,6 +95,7 @@ pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOp
     .bind(options.level.as_str())
     .fetch_one(executor)
     .await
+    .map_err(|error| refusal(&format!("tracking {table}"), error))
 }
 
 /// Takes off a table whatever [`track`] has put on it, also if half of it is gone. `false`: there was nothing.
@@ -106,8 +109,9 @@ pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOp
 /// # Cancel safety
 ///
 /// It happens as a whole or not at all.
-pub async fn untrack(executor: impl PgExecutor<'_>, table: &str) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select rowcache.untrack($1::text::regclass)").bind(table).fetch_one(executor).await
+pub async fn untrack(executor: impl PgExecutor<'_>, table: &str) -> Result<bool> {
+    let untrack = sqlx::query_scalar("select rowcache.untrack($1::text::regclass)").bind(table);
+    untrack.fetch_one(executor).await.map_err(|error| refusal(&format!("untracking {table}"), error))
 }
 
 /// All tracked tables, by name, with what is wrong with each.
@@ -119,7 +123,7 @@ pub async fn untrack(executor: impl PgExecutor<'_>, table: &str) -> Result<bool,
 /// # Cancel safety
 ///
 /// Cancel safe.
-pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>, sqlx::Error> {
+pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>> {
     let rows = sqlx::query(
         "select relation, key_columns, columns, ignored, max_keys, level, problems from rowcache.tracked order by 1",
     );
@@ -134,5 +138,7 @@ pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>, sqlx
             problems: row.try_get(6)?,
         })
     };
-    rows.fetch_all(executor).await?.into_iter().map(tracked).collect()
+    let failed = |error| refusal("listing the tracked tables", error);
+    let rows = rows.fetch_all(executor).await.map_err(failed)?;
+    rows.into_iter().map(tracked).collect::<sqlx::Result<_>>().map_err(failed)
 }

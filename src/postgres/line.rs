@@ -12,7 +12,7 @@ use std::{
     future::poll_fn,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     time::Duration,
 };
@@ -58,8 +58,7 @@ pub(crate) struct Line {
     control: Client,
     /// Says nothing any more, but dropping it would end its connection.
     _listener: Client,
-    /// What the tasks find out once this is set is no news.
-    given_up: Arc<AtomicBool>,
+    phase: Arc<Phase>,
     fingerprints: Statement,
     describe: Statement,
     tasks: [JoinHandle<()>; 2],
@@ -67,10 +66,31 @@ pub(crate) struct Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.given_up.store(true, Ordering::Release);
+        self.phase.end();
         for task in &self.tasks {
             task.abort();
         }
+    }
+}
+
+/// Whether the end of a connection is news. While the line is being opened, whoever opens it gets an error; once
+/// it is given up, nobody cares; and two connections that end are one loss.
+#[derive(Default)]
+struct Phase(AtomicU8);
+
+impl Phase {
+    const OPENING: u8 = 0;
+    const OPEN: u8 = 1;
+    const ENDED: u8 = 2;
+
+    /// The line is open, unless it has ended already.
+    fn begin(&self) -> bool {
+        self.0.compare_exchange(Self::OPENING, Self::OPEN, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// The line has ended. Returns whether it was open until now.
+    fn end(&self) -> bool {
+        self.0.swap(Self::ENDED, Ordering::AcqRel) == Self::OPEN
     }
 }
 
@@ -82,11 +102,11 @@ pub(crate) async fn open(
     received: impl Fn(Received) + Send + Sync + 'static,
     lost: impl FnOnce(String) + Clone + Send + 'static,
 ) -> Result<Line> {
-    let given_up = Arc::new(AtomicBool::new(false));
+    let phase = Arc::new(Phase::default());
     let lost = {
-        let given_up = Arc::clone(&given_up);
+        let phase = Arc::clone(&phase);
         move |how| {
-            if !given_up.load(Ordering::Acquire) {
+            if phase.end() {
                 lost(how);
             }
         }
@@ -108,15 +128,10 @@ pub(crate) async fn open(
         .prepare_typed(DESCRIBE, &[Type::TEXT])
         .await
         .map_err(|error| setup_error("preparing the check of triggers failed", error))?;
-    Ok(Line {
-        incarnation,
-        control,
-        _listener: listener,
-        given_up,
-        fingerprints,
-        describe,
-        tasks: [listening, sending],
-    })
+    if !phase.begin() {
+        return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
+    }
+    Ok(Line { incarnation, control, _listener: listener, phase, fingerprints, describe, tasks: [listening, sending] })
 }
 
 /// One session; its task calls `received` and `lost`.
@@ -129,7 +144,7 @@ async fn connect(
     let mut settings = config.listener.clone();
     let name = settings.get_application_name().map_or_else(|| "rowcache".to_owned(), ToOwned::to_owned);
     settings.application_name(format!("{name} ({role})"));
-    let connecting = settings.connect(config.listener_tls.connector()?);
+    let connecting = settings.connect(config.listener_tls.connector());
     let (client, connection) = match timeout(config.beat_timeout.max(Duration::from_secs(1)), connecting).await {
         Ok(connected) => connected.map_err(|error| connect_error(config, error))?,
         Err(_) => {

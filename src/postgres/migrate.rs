@@ -8,11 +8,16 @@
 //! error cannot leave the lock behind. (sqlx's own lock would stay on the pooled connection, and ends before [`down`] has
 //! cleared up.) The work itself is done on another connection of the pool.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, future::Future};
 
 use sqlx::{
     Connection as _, PgConnection, PgPool, Row as _,
     migrate::{MigrateError, Migration, Migrator},
+};
+
+use crate::{
+    error::{Error, Kind, Result},
+    postgres::refusal,
 };
 
 /// Key of the advisory lock.
@@ -46,21 +51,23 @@ pub struct File {
 ///
 /// # Errors
 ///
-/// If the database refuses, or was migrated by other files than these ([`MigrateError::VersionMismatch`],
-/// [`MigrateError::VersionMissing`]). What was not recorded has not happened: each file is one transaction.
+/// If the database refuses, or was migrated by other files than these. What was not recorded has not happened: each file is one transaction.
 ///
 /// # Cancel safety
 ///
 /// Cancelling leaves whole files applied and the rest not.
-pub async fn up(pool: &PgPool) -> Result<Vec<i64>, MigrateError> {
-    let mut connection = lock(pool).await?;
-    let before = applied(&mut connection).await?;
-    migrator().run(pool).await?;
-    let mut versions: Vec<i64> = applied(&mut connection).await?.into_keys().collect();
-    connection.close().await?;
-    versions.retain(|version| !before.contains_key(version));
-    versions.sort_unstable();
-    Ok(versions)
+pub async fn up(pool: &PgPool) -> Result<Vec<i64>> {
+    named("migrating up", async {
+        let mut connection = lock(pool).await?;
+        let before = applied(&mut connection).await?;
+        migrator().run(pool).await?;
+        let mut versions: Vec<i64> = applied(&mut connection).await?.into_keys().collect();
+        connection.close().await?;
+        versions.retain(|version| !before.contains_key(version));
+        versions.sort_unstable();
+        Ok(versions)
+    })
+    .await
 }
 
 /// Takes back the last `steps` migrations that were run, and returns their numbers, last first.
@@ -75,22 +82,25 @@ pub async fn up(pool: &PgPool) -> Result<Vec<i64>, MigrateError> {
 /// # Cancel safety
 ///
 /// As [`up`].
-pub async fn down(pool: &PgPool, steps: usize) -> Result<Vec<i64>, MigrateError> {
-    let mut connection = lock(pool).await?;
-    let mut versions: Vec<i64> = applied(&mut connection).await?.into_keys().collect();
-    versions.sort_unstable_by(|a, b| b.cmp(a));
-    // The migrator keeps what is not above the target.
-    let target = versions.get(steps).copied().unwrap_or(0);
-    versions.truncate(steps);
-    if !versions.is_empty() {
-        migrator().undo(pool, target).await?;
-        if target == 0 {
-            sqlx::query("drop table rowcache.migrations").execute(&mut connection).await?;
-            drop_schema(&mut connection).await?;
+pub async fn down(pool: &PgPool, steps: usize) -> Result<Vec<i64>> {
+    named("migrating down", async {
+        let mut connection = lock(pool).await?;
+        let mut versions: Vec<i64> = applied(&mut connection).await?.into_keys().collect();
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        // The migrator keeps what is not above the target.
+        let target = versions.get(steps).copied().unwrap_or(0);
+        versions.truncate(steps);
+        if !versions.is_empty() {
+            migrator().undo(pool, target).await?;
+            if target == 0 {
+                sqlx::query("drop table rowcache.migrations").execute(&mut connection).await?;
+                drop_schema(&mut connection).await?;
+            }
         }
-    }
-    connection.close().await?;
-    Ok(versions)
+        connection.close().await?;
+        Ok(versions)
+    })
+    .await
 }
 
 /// What has been run and what has not. Changes nothing.
@@ -102,18 +112,21 @@ pub async fn down(pool: &PgPool, steps: usize) -> Result<Vec<i64>, MigrateError>
 /// # Cancel safety
 ///
 /// Cancel safe.
-pub async fn status(pool: &PgPool) -> Result<Vec<Status>, MigrateError> {
-    let applied = applied(&mut *pool.acquire().await?).await?;
-    let status = |migration: &Migration| {
-        let record = applied.get(&migration.version);
-        Status {
-            version: migration.version,
-            name: name(migration),
-            applied: record.map(|record| record.at.clone()),
-            altered: record.is_some_and(|record| record.checksum != *migration.checksum),
-        }
-    };
-    Ok(migrator().iter().filter(|m| m.migration_type.is_up_migration()).map(status).collect())
+pub async fn status(pool: &PgPool) -> Result<Vec<Status>> {
+    named("reading which migrations have been run", async {
+        let applied = applied(&mut *pool.acquire().await?).await?;
+        let status = |migration: &Migration| {
+            let record = applied.get(&migration.version);
+            Status {
+                version: migration.version,
+                name: name(migration),
+                applied: record.map(|record| record.at.clone()),
+                altered: record.is_some_and(|record| record.checksum != *migration.checksum),
+            }
+        };
+        Ok(migrator().iter().filter(|m| m.migration_type.is_up_migration()).map(status).collect())
+    })
+    .await
 }
 
 /// The files, in the order in which [`up`] runs them, each with the one that takes it back.
@@ -124,6 +137,13 @@ pub fn print() -> Vec<File> {
         sql: migration.sql.as_str().to_owned(),
     };
     migrator().iter().map(file).collect()
+}
+
+async fn named<T>(doing: &str, work: impl Future<Output = Result<T, MigrateError>>) -> Result<T> {
+    work.await.map_err(|error| match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => refusal(doing, error),
+        error => Error::with(Kind::Migrate, format!("{doing} failed"), error),
+    })
 }
 
 fn migrator() -> Migrator {

@@ -6,6 +6,8 @@ pub(crate) mod line;
 pub mod migrate;
 pub(crate) mod rows;
 
+use sqlx::postgres::PgDatabaseError;
+
 use crate::error::{Error, Kind};
 
 /// Whether the connection, and not the statement, is what failed.
@@ -33,6 +35,18 @@ pub(crate) fn database_error(doing: &str, what: &str, error: sqlx::Error) -> Err
         _ => Kind::Table,
     };
     Error::with(kind, format!("{doing} {what} failed"), error)
+}
+
+/// An error of a statement that a person asked for: what Postgres says, and its hint, are the message.
+pub(crate) fn refusal(doing: &str, error: sqlx::Error) -> Error {
+    if let Some(hint) = schema_hint(&error) {
+        return hint;
+    }
+    let Some(refusal) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
+        return database_error(doing, "", error);
+    };
+    let hint = refusal.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
+    Error::new(Kind::Table, format!("{doing}: {}{hint}", refusal.message()))
 }
 
 /// What to say when our own schema is missing or incomplete.

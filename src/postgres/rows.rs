@@ -92,17 +92,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         loop {
             let mut connection = match timeout_at(deadline, self.pool.acquire()).await {
                 Ok(Ok(connection)) => connection,
-                Ok(Err(sqlx::Error::PoolTimedOut)) | Err(_) => {
-                    return Err(Error::new(
-                        Kind::Timeout,
-                        format!(
-                            "no connection of the pool came free for a load of {} within {:?}; the pool has {}",
-                            self.of(keys),
-                            self.timeout,
-                            self.pool.options().get_max_connections(),
-                        ),
-                    ));
-                }
+                Ok(Err(sqlx::Error::PoolTimedOut)) | Err(_) => return Err(self.no_connection(keys)),
                 Ok(Err(error)) if is_connection_error(&error) && tries < TRIES => {
                     tries += 1;
                     continue;
@@ -126,6 +116,22 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                     ));
                 }
             }
+        }
+    }
+
+    /// The pool tries to connect for as long as it may, so a timeout can mean that all connections are in use,
+    /// or that Postgres accepts none.
+    fn no_connection(&self, keys: &[K]) -> Error {
+        let (what, limit, max) = (self.of(keys), self.timeout, self.pool.options().get_max_connections());
+        if self.pool.size() < max {
+            Error::new(Kind::Unavailable, format!("cannot connect to Postgres for a load of {what} within {limit:?}"))
+        } else {
+            Error::new(
+                Kind::Timeout,
+                format!(
+                    "no connection of the pool came free for a load of {what} within {limit:?}; the pool has {max}"
+                ),
+            )
         }
     }
 

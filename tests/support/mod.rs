@@ -16,7 +16,7 @@
 //! Each body becomes two tests, `…::on_15` and `…::on_18`. There is no sleep in a test: it waits for something that has a
 //! name, by [`eventually`], [`Notifications::all_so_far`] or a deadline that says what it waited for.
 //!
-//! PostgreSQL 15 is what this machine has installed, or `ROWCACHE_TEST_PG15_BIN`. PostgreSQL 18 is
+//! Postgres 15 is what this machine has installed, or `ROWCACHE_TEST_PG15_BIN`. Postgres 18 is
 //! `ROWCACHE_TEST_PG18_BIN`, or what `tests/support/install-postgres-18.sh` has put under `target/`; without it its tests
 //! say on stderr that they are skipped. With `ROWCACHE_TEST_REQUIRE_ALL` set they fail instead.
 //!

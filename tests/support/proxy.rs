@@ -69,7 +69,8 @@ pub struct Proxy {
 
 #[derive(Debug)]
 struct Shared {
-    upstream: SocketAddr,
+    /// Where connections to come go.
+    upstream: Mutex<SocketAddr>,
     /// Up and down, for connections to come.
     flows: Mutex<[Flow; 2]>,
     /// All there ever were.
@@ -80,7 +81,11 @@ impl Proxy {
     /// A proxy on a free port in front of the server on this port.
     pub async fn start(server_port: u16) -> Self {
         let upstream = (Ipv4Addr::LOCALHOST, server_port).into();
-        let shared = Arc::new(Shared { upstream, flows: Mutex::new([Flow::Pass; 2]), connections: Mutex::default() });
+        let shared = Arc::new(Shared {
+            upstream: Mutex::new(upstream),
+            flows: Mutex::new([Flow::Pass; 2]),
+            connections: Mutex::default(),
+        });
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound socket has an address");
         let acceptor = Some(tokio::spawn(accept(listener, Arc::clone(&shared))));
@@ -110,6 +115,11 @@ impl Proxy {
     pub fn set_both(&self, flow: Flow) {
         self.set(Direction::Up, flow);
         self.set(Direction::Down, flow);
+    }
+
+    /// Sends connections to come to the server on another port, as a changed DNS entry does.
+    pub fn retarget(&self, server_port: u16) {
+        *self.shared.upstream.lock().unwrap() = (Ipv4Addr::LOCALHOST, server_port).into();
     }
 
     /// The open connections, oldest first.
@@ -161,7 +171,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         let (client, _) = listener.accept().await.expect("accept");
         // The server's refusal must look like one: the client is reset, and no connection is counted.
-        let Ok(server) = TcpStream::connect(shared.upstream).await else {
+        let upstream = *shared.upstream.lock().unwrap();
+        let Ok(server) = TcpStream::connect(upstream).await else {
             let _ = client.set_zero_linger();
             continue;
         };

@@ -1,6 +1,6 @@
 //! Putting the objects in place and taking them away.
 
-use rowcache::postgres::migrate::{self, Status};
+use rowcache::migrate::{self, Status};
 use sqlx::PgPool;
 
 use crate::{Db, support::database};

@@ -1,6 +1,6 @@
 //! Tracking and untracking: what is refused, what goes wrong later and how it is noticed.
 
-use rowcache::postgres::install::{self, Level, TrackOptions};
+use rowcache::install::{self, Level, TrackOptions};
 
 use crate::{Db, support::Version};
 

@@ -1,0 +1,362 @@
+//! What the tasks and handles of a node share, and the steps that they take with it.
+//!
+//! ```text
+//! commit → trigger → NOTIFY → line ──→ inbox ──→ applier ──→ tables → store.invalidate
+//!                              │                    └ fence ──→ coherence ──→ gates open
+//!                              └ lost ──────────────────────→ coherence ──→ gates close, at once
+//!          keeper: opens the line, sends fences, verifies triggers      clock: ends the lease
+//! ```
+
+use std::{
+    any::{Any, TypeId},
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use sqlx::PgPool;
+use tokio::{
+    sync::{Notify, Semaphore, broadcast, watch},
+    task::JoinHandle,
+};
+use uuid::Uuid;
+
+use crate::{
+    change::{CHANNEL, Change, Message, Rows},
+    clock,
+    coherence::{Action, Coherence, Incarnation, Reason},
+    config::Config,
+    error::{Error, Kind, Result},
+    inbox::{Inbox, Item},
+    postgres::database_error,
+    status::{Event, Status},
+    tables::{Member, Tables},
+};
+
+/// What the node's tasks and handles share.
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) pool: PgPool,
+    pub(crate) tables: Tables,
+    pub(crate) inbox: Inbox,
+    /// The channel on which this node sends to itself.
+    pub(crate) own_channel: String,
+    /// Turns of the loads: at most [`Config::loads_max`] at a time.
+    pub(crate) loads: Semaphore,
+    /// Wakes the keeper: a fence is wanted, or the line was given up.
+    pub(crate) wake: Notify,
+    /// Protects the state machine. Gates are moved while it is held, so that they show what it says.
+    /// Lock order: this, then the lock of `Tables`.
+    coherence: Mutex<Coherence>,
+    progress: watch::Sender<Progress>,
+    events: broadcast::Sender<Event>,
+    stopping: watch::Sender<bool>,
+}
+
+/// How far fences have come.
+#[derive(Clone, Copy, Default)]
+struct Progress {
+    /// The last fence that was applied.
+    fence: u64,
+    gaps: u64,
+}
+
+/// What keeps a node alive: when the last node or table that holds one goes, the node stops.
+pub(crate) struct Handle {
+    pub(crate) shared: Arc<Shared>,
+    /// Protects the stores of the tables that were opened, by name, key and value type.
+    opened: Mutex<HashMap<Opened, Arc<dyn Any + Send + Sync>>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    clock: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+type Opened = (String, TypeId, TypeId);
+
+impl Handle {
+    /// Starts the applier and the clock; `keeper` keeps the line.
+    pub(crate) fn new(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
+        let applier = tokio::spawn(Arc::clone(&shared).apply());
+        Self {
+            opened: Mutex::default(),
+            tasks: Mutex::new(vec![applier, keeper]),
+            clock: Mutex::new(Some(shared.start_clock())),
+            shared,
+        }
+    }
+
+    /// The store of a table, made if there is none yet for these types.
+    pub(crate) fn open<K: 'static, V: 'static, S: Any + Send + Sync>(
+        &self,
+        table: &str,
+        make: impl FnOnce() -> Arc<S>,
+    ) -> Arc<S> {
+        let mut opened = lock(&self.opened);
+        let key = (table.to_owned(), TypeId::of::<K>(), TypeId::of::<V>());
+        if let Some(store) = opened.get(&key).and_then(|store| Arc::clone(store).downcast().ok()) {
+            return store;
+        }
+        let store = make();
+        opened.insert(key, Arc::clone(&store) as Arc<dyn Any + Send + Sync>);
+        store
+    }
+
+    /// Stops every task and closes every connection.
+    pub(crate) async fn stop(&self) {
+        self.shared.stop();
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
+        for task in tasks {
+            if let Err(error) = task.await
+                && error.is_panic()
+            {
+                std::panic::resume_unwind(error.into_panic());
+            }
+        }
+        let clock = lock(&self.clock).take();
+        if let Some(clock) = clock {
+            clock.thread().unpark();
+            let _ = tokio::task::spawn_blocking(|| clock.join()).await;
+        }
+        self.shared.pool.close().await;
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.stop();
+    }
+}
+
+/// How often the clock looks at the lease. Entries may be served for this much longer than the lease.
+const TICK: Duration = Duration::from_millis(10);
+
+impl Shared {
+    pub(crate) fn new(config: Config) -> Arc<Self> {
+        let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
+        Arc::new(Self {
+            tables: Tables::default(),
+            inbox: Inbox::new(config.inbox_bytes_max),
+            own_channel: format!("rowcache:{}", Uuid::new_v4().simple()),
+            loads: Semaphore::new(config.loads_max),
+            wake: Notify::new(),
+            coherence: Mutex::new(Coherence::new(config.timing(), clock::now())),
+            progress: watch::Sender::default(),
+            events: broadcast::Sender::new(config.events_max),
+            stopping: watch::Sender::default(),
+            pool,
+            config,
+        })
+    }
+
+    /// Applies what was received, in the order of the channel.
+    async fn apply(self: Arc<Self>) {
+        let mut stopping = self.stopping.subscribe();
+        loop {
+            let items = tokio::select! {
+                items = self.inbox.take() => items,
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            };
+            for (n, item) in items.into_iter().enumerate() {
+                self.apply_one(item);
+                if n % 256 == 255 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+
+    fn apply_one(&self, item: Item) {
+        let cleared = match item {
+            Item::Own(payload) => match Message::parse(&payload) {
+                Message::Fence(nonce) => return self.step(|coherence| coherence.fence_applied(nonce)),
+                other => self.apply_message(other),
+            },
+            Item::Message(payload) => self.apply_message(Message::parse(&payload)),
+            Item::Overflow => {
+                tracing::warn!(
+                    bytes_max = self.config.inbox_bytes_max,
+                    "more changes came in than could be applied; everything held was forgotten"
+                );
+                let everything = Change { rows: Rows::All, table: None, columns: Default::default(), xid: None };
+                self.apply_message(Message::Change(everything))
+            }
+        };
+        self.reclaim(cleared);
+    }
+
+    fn apply_message(&self, message: Message) -> Vec<Arc<dyn Member>> {
+        match message {
+            Message::Change(change) => {
+                let cleared = self.tables.apply(&change);
+                if self.events.receiver_count() > 0 {
+                    self.tell(Event::Change(Arc::new(change)));
+                }
+                cleared
+            }
+            Message::Unreadable { table, error } => {
+                let cleared = self.tables.clear(table.as_deref());
+                let of = table.as_deref().unwrap_or("every table");
+                tracing::warn!(%error, "a message on channel rowcache could not be read; forgot {of}");
+                self.tell(Event::Unreadable { table, error });
+                cleared
+            }
+            // A fence on the channel of all nodes is nobody's.
+            Message::Fence(_) => Vec::new(),
+        }
+    }
+
+    /// Frees the memory of what was cleared, off the applier's path.
+    pub(crate) fn reclaim(&self, cleared: Vec<Arc<dyn Member>>) {
+        if !cleared.is_empty() {
+            tokio::task::spawn_blocking(move || cleared.iter().for_each(|member| member.reclaim()));
+        }
+    }
+
+    /// Lets the state machine take a step, and does what it says before anybody else can.
+    pub(crate) fn step(&self, step: impl FnOnce(&mut Coherence) -> Vec<Action>) {
+        let mut coherence = lock(&self.coherence);
+        let gaps = coherence.gaps();
+        let actions = step(&mut coherence);
+        for action in actions {
+            match action {
+                Action::Open => {
+                    self.tables.set_coherent(true);
+                    self.tell(Event::Coherent);
+                }
+                Action::Close => {
+                    self.tables.set_coherent(false);
+                    if let Some((_, why)) = coherence.bypassed() {
+                        self.tell(Event::Gap(why.clone()));
+                    }
+                }
+                Action::Release(fence) => self.progress.send_modify(|progress| progress.fence = fence),
+            }
+        }
+        if coherence.gaps() != gaps {
+            self.progress.send_modify(|progress| progress.gaps = coherence.gaps());
+            self.wake.notify_one();
+        }
+    }
+
+    /// Notifications may have been lost.
+    pub(crate) fn gap(&self, why: Reason) {
+        self.step(|coherence| coherence.gap(clock::now(), why));
+    }
+
+    pub(crate) fn status_reason(&self) -> Option<Reason> {
+        self.look(|coherence| coherence.bypassed().map(|(_, why)| why.clone()))
+    }
+
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&mut Coherence) -> T) -> T {
+        look(&mut lock(&self.coherence))
+    }
+
+    /// Whether rows with this stamp come from the server that the node listens to. If not, while the node takes
+    /// itself for coherent, that is a gap: one of the two is the wrong server (X6).
+    pub(crate) fn is_ours(&self, incarnation: Option<Incarnation>) -> bool {
+        let (listening, up) = self.look(|coherence| (coherence.incarnation(), coherence.bypassed().is_none()));
+        if incarnation.is_some() && incarnation == listening {
+            return true;
+        }
+        if up {
+            tracing::error!(
+                loaded = ?incarnation,
+                ?listening,
+                "a load reached another server than the LISTEN connection, or one that crashed: forgot everything"
+            );
+            self.gap(Reason::OtherServer);
+        }
+        false
+    }
+
+    pub(crate) async fn barrier(&self) -> Result<()> {
+        let mut progress = self.progress.subscribe();
+        let wanted = self.look(|coherence| coherence.want_fence().map(|fence| (fence, coherence.gaps())));
+        let (fence, gaps) = wanted.map_err(|why| self.unavailable(&why))?;
+        self.wake.notify_one();
+        let done = |progress: &Progress| progress.fence >= fence || progress.gaps != gaps;
+        let progress = *progress.wait_for(done).await.expect("the sender is part of self");
+        if progress.gaps == gaps {
+            return Ok(());
+        }
+        Err(self.unavailable(&self.status_reason().unwrap_or(Reason::BeatLate)))
+    }
+
+    fn unavailable(&self, why: &Reason) -> Error {
+        let kind = if *why == Reason::ShutDown { Kind::Closed } else { Kind::Unavailable };
+        Error::new(kind, format!("no fence can come back while the node is not coherent: {why}"))
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.look(|coherence| match (coherence.bypassed(), coherence.coherent_as_of()) {
+            (None, as_of) => Status::Coherent { as_of: clock::instant(as_of.unwrap_or_default()) },
+            (Some((since, why)), _) => Status::Bypassed { since: clock::instant(since), why: why.clone() },
+        })
+    }
+
+    /// The status of one table: as the node's, unless its triggers are in doubt.
+    pub(crate) fn status_of(&self, table: &str) -> Status {
+        match (self.status(), self.tables.suspicion(table)) {
+            (Status::Coherent { .. }, Some((since, why))) => {
+                Status::Bypassed { since: clock::instant(since), why: Reason::Triggers(why) }
+            }
+            (status, _) => status,
+        }
+    }
+
+    /// Tells all nodes, this one too, to forget rows.
+    pub(crate) async fn broadcast(&self, change: &Change) -> Result<()> {
+        /// NOTIFY refuses payloads of 8000 bytes or more.
+        const PAYLOAD_MAX: usize = 7999;
+        let mut payload = change.to_payload();
+        if payload.len() > PAYLOAD_MAX {
+            payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
+        }
+        let notified = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
+        notified
+            .execute(&self.pool)
+            .await
+            .map_err(|error| database_error("notifying on channel", "rowcache", error))?;
+        Ok(())
+    }
+
+    fn tell(&self, event: Event) {
+        // An error means that nobody listens, which is nobody's loss.
+        let _ = self.events.send(event);
+    }
+
+    /// The thread that ends the lease. A thread of its own, because tasks stand still when the runtime is
+    /// blocked, which is when the lease matters.
+    fn start_clock(self: &Arc<Self>) -> thread::JoinHandle<()> {
+        let shared = Arc::clone(self);
+        let clock = move || {
+            while !*shared.stopping.borrow() {
+                thread::park_timeout(TICK);
+                let now = clock::now();
+                shared.step(|coherence| coherence.tick(now));
+            }
+        };
+        thread::Builder::new().name("rowcache-clock".into()).spawn(clock).expect("the system can start a thread")
+    }
+
+    fn stop(&self) {
+        if !self.stopping.send_replace(true) {
+            self.gap(Reason::ShutDown);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Events from now on.
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+}
+
+/// Locks, whatever happened to the last holder: each critical section leaves its data whole.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

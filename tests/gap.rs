@@ -1,0 +1,412 @@
+//! Everything that can come between a commit and a node: what reads return meanwhile, and that nothing from
+//! before is served after it.
+
+#![cfg(feature = "cli")]
+
+#[macro_use]
+mod support;
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db};
+use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
+use support::{
+    eventually,
+    proxy::{Close, Flow, Proxy},
+};
+
+const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
+    where datname = current_database() and application_name like '%(listener)'";
+const KILL_SENDERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
+    where datname = current_database() and application_name like '%(control)'";
+const KILL_ALL: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
+    where datname = current_database() and pid <> pg_backend_pid()";
+
+const LOST: &str = "LISTEN connection was lost";
+const AGAIN: &str = "cannot restore the LISTEN connection";
+
+pg_test! {
+    // sqlx `recv`, eventstore #309, shamichan #1095: what was sent while the listener was away was lost, and
+    // nobody noticed.
+    async fn a_killed_backend_is_a_gap_and_a_new_epoch(test: Test) {
+        test.logs.allow(LOST);
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let users = users(&node).await;
+        for kill in [KILL_LISTENERS, KILL_SENDERS, KILL_ALL] {
+            let mut events = node.subscribe();
+            name(&users, 1).await;
+            assert!(users.peek(&1).is_known());
+            db.execute(kill).await;
+            gap_and_recovery(&mut events).await;
+            assert!(matches!(users.peek(&1), Lookup::Unknown), "{kill}: nothing from before the gap is served");
+            db.execute("update public.users set name = name || '!' where id = 1").await;
+            node.barrier().await.expect("coherent");
+            assert!(name(&users, 1).await.expect("exists").ends_with('!'));
+        }
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1!!!"));
+    }
+
+    async fn a_change_made_while_nobody_listened_is_seen(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        let db = users_db(test.version).await;
+        let mut proxy = Proxy::start(db.port).await;
+        let mut config = hasty(&db.url);
+        config.listener = hasty(&proxy.url(&db.url)).listener;
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        proxy.refuse().await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        let Status::Bypassed { why: Reason::ConnectionLost(_), .. } = node.status() else {
+            panic!("{:?}", node.status())
+        };
+        assert_eq!(users.status(), node.status());
+        assert!(node.barrier().await.is_err_and(|error| error.is_unavailable()), "no barrier without a line");
+        db.execute("update public.users set name = 'in the gap' where id = 1").await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("in the gap"), "reads go to Postgres");
+        assert!(matches!(users.peek(&1), Lookup::Unknown), "and nothing is kept");
+        db.execute("update public.users set name = 'later in the gap' where id = 1").await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("later in the gap"));
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("later in the gap"));
+        assert!(users.peek(&1).is_known());
+    }
+
+    // PostgREST #4670, switch #415 (16 minutes deaf): the link is alive, and deaf.
+    async fn silence_is_noticed_within_the_lease(test: Test) {
+        test.logs.allow(AGAIN);
+        let db = users_db(test.version).await;
+        let proxy = Proxy::start(db.port).await;
+        let mut config = hasty(&db.url);
+        config.listener = hasty(&proxy.url(&db.url)).listener;
+        let (timeout, lease) = (config.beat_timeout, config.lease);
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        proxy.set_both(Flow::Swallow);
+        // From here on no message reaches the node. A change of this moment must not be hidden for longer than
+        // the lease; the bound is checked by what is served, not by a stopwatch.
+        db.execute("update public.users set name = 'unheard' where id = 1").await;
+        let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
+            unreachable!()
+        };
+        assert!(matches!(why, Reason::BeatLate | Reason::LeaseExpired), "{why} ({timeout:?}, {lease:?})");
+        assert_eq!(name(&users, 1).await.as_deref(), Some("unheard"));
+        proxy.set_both(Flow::Pass);
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+    }
+
+    // sqlx's error path, shamichan #1095: the first attempts to come back fail.
+    async fn a_server_that_is_stopped_and_started_again(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        let mut server = support::server(test.version, &[]).await;
+        let db = support::database_on(&server, test.version).await;
+        fixture::migrate(&db).await;
+        db.execute(fixture::USERS).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        server.stop(rowcache::cli::temp_server::Stop::Fast).await.expect("stops");
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        let error = users.get(&1).await.expect_err("nobody can answer");
+        assert!(error.is_unavailable() || error.is_timeout(), "{error:?}");
+        server.start().await.expect("starts again");
+        db.execute("update public.users set name = 'after the restart' where id = 1").await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("after the restart"));
+        assert!(users.peek(&1).is_known(), "and it is cached again");
+    }
+
+    // X5: a crash may undo a commit that was seen, and hand out its transaction id again.
+    async fn x5_after_a_crash_nothing_from_before_is_served(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        let mut server = support::server(test.version, &[("fsync", "on"), ("synchronous_commit", "off")]).await;
+        let db = support::database_on(&server, test.version).await;
+        fixture::migrate(&db).await;
+        db.execute(fixture::USERS).await;
+        db.execute("checkpoint").await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        db.execute("update public.users set name = 'perhaps lost' where id = 1").await;
+        node.barrier().await.expect("coherent");
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        server.stop(rowcache::cli::temp_server::Stop::Immediate).await.expect("crashes");
+        server.start().await.expect("recovers");
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        let now = sqlx::query_scalar::<_, String>("select name from public.users where id = 1")
+            .fetch_one(node.pool())
+            .await
+            .expect("reads");
+        assert_eq!(name(&users, 1).await.as_deref(), Some(now.as_str()));
+    }
+
+    // X6: the pool has moved to another server, and the listener has not. Beats are still answered.
+    async fn x6_rows_of_another_server_are_not_cached_and_raise_the_alarm(test: Test) {
+        test.logs.allow("another server than the LISTEN connection");
+        test.logs.allow(AGAIN);
+        let (one, other) = (support::server(test.version, &[]).await, support::server(test.version, &[]).await);
+        let db = support::database_on(&one, test.version).await;
+        support::connect(&other.admin_url()).await.batch_execute(&format!("create database {}", db.name)).await.expect("ok");
+        let twin = support::TestDb { url: other.url(&db.name), port: other.port(), ..db.clone() };
+        for db in [&db, &twin] {
+            fixture::migrate(db).await;
+            db.execute(fixture::USERS).await;
+        }
+        twin.execute("update public.users set name = 'of the other server'").await;
+        let proxy = Proxy::start(db.port).await;
+        let mut config = hasty(&proxy.url(&db.url));
+        config.listener = hasty(&db.url).listener;
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        proxy.retarget(twin.port);
+        proxy.close_all(Close::Rst).await;
+        assert_eq!(name(&users, 2).await.as_deref(), Some("of the other server"), "returned");
+        assert!(matches!(users.peek(&2), Lookup::Unknown), "not cached");
+        let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
+            unreachable!()
+        };
+        assert_eq!(why, Reason::OtherServer);
+        assert!(matches!(users.peek(&1), Lookup::Unknown), "whom to believe is not known");
+        eventually("the node says why it does not come back", async || match node.status() {
+            Status::Bypassed { why, .. } => why.to_string().contains("different servers"),
+            status => panic!("{status:?} across two servers"),
+        })
+        .await;
+        proxy.retarget(db.port);
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name(&users, 2).await.as_deref(), Some("user 2"));
+    }
+
+    // lovego, mission-control #3455, Logflare #2132: a table without its trigger served stale rows.
+    async fn x21_triggers_that_are_tampered_with_put_their_table_in_doubt(test: Test) {
+        test.logs.allow("the triggers or the definition of this table changed");
+        let db = users_db(test.version).await;
+        db.execute("create table other (id bigint primary key); insert into other values (1); select rowcache.track('other')")
+            .await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        let other: Table<i64, (i64,)> = node.table("other").await.expect("opens");
+        other.get(&1).await.expect("loads");
+        let coherent = async || matches!(users.status(), Status::Coherent { .. });
+        for (damage, repair) in [
+            ("drop trigger zz_rowcache_update on public.users", Some("select rowcache.track('public.users')")),
+            ("alter table public.users disable trigger all", Some("select rowcache.track('public.users')")),
+            ("select rowcache.untrack('public.users')", Some("select rowcache.track('public.users')")),
+            // Nothing is wrong when the node looks again, and yet a change has passed unseen.
+            (
+                "begin; alter table public.users disable trigger zz_rowcache_update;
+                 update public.users set name = 'unseen' where id = 1;
+                 alter table public.users enable always trigger zz_rowcache_update; commit",
+                None,
+            ),
+        ] {
+            name(&users, 1).await;
+            assert!(users.peek(&1).is_known(), "{damage}");
+            db.execute(damage).await;
+            eventually("the cached row is forgotten", async || !users.peek(&1).is_known()).await;
+            if let Some(repair) = repair {
+                eventually("the table is in doubt", async || !coherent().await).await;
+                let Status::Bypassed { why: Reason::Triggers(why), .. } = users.status() else { panic!("{damage}") };
+                assert!(!why.is_empty(), "{damage}");
+                db.execute("update public.users set name = 'while in doubt' where id = 1").await;
+                assert_eq!(name(&users, 1).await.as_deref(), Some("while in doubt"), "{damage}: reads go to Postgres");
+                assert!(!users.peek(&1).is_known(), "{damage}: and nothing is kept");
+                db.execute(repair).await;
+            }
+            eventually("the table is trusted again", coherent).await;
+            db.execute("update public.users set name = 'seen' where id = 2").await;
+            node.barrier().await.expect("coherent");
+            assert_eq!(name(&users, 2).await.as_deref(), Some("seen"), "{damage}");
+            assert!(other.peek(&1).is_known(), "the other table is not concerned");
+        }
+        assert_eq!(name(&users, 1).await.as_deref(), Some("unseen"));
+    }
+
+    async fn a_column_whose_type_changes_while_rows_are_loaded(test: Test) {
+        test.logs.allow("the triggers or the definition of this table changed");
+        let db = users_db(test.version).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        // Every pooled connection has the statement prepared.
+        let ids: Vec<i64> = (1..=10).collect();
+        for id in &ids {
+            name(&users, *id).await;
+        }
+        db.execute("alter table public.users alter column name type varchar(50), add column extra int default 7").await;
+        eventually("what was cached is forgotten", async || !users.peek(&1).is_known()).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "prepared again");
+        assert_eq!(users.get_many(&ids).await.expect("loads").iter().flatten().count(), 10);
+        db.execute("alter table public.users alter column name type integer using 1").await;
+        eventually("what was cached is forgotten", async || !users.peek(&1).is_known()).await;
+        assert!(users.get(&1).await.is_err_and(|error| error.is_decode()));
+    }
+
+    async fn a_key_whose_type_changes_is_not_trusted_again(test: Test) {
+        test.logs.allow("the triggers or the definition of this table changed");
+        let db = users_db(test.version).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        // Postgres refuses to change the type of a column that a trigger's condition names.
+        db.execute(
+            "select rowcache.untrack('public.users'); alter table public.users alter column id type integer;
+             select rowcache.track('public.users')",
+        )
+        .await;
+        eventually("the table says why", async || match users.status() {
+            Status::Bypassed { why, .. } => why.to_string().contains("id integer"),
+            _ => false,
+        })
+        .await;
+    }
+
+    // Logflare #1816: the queue of a slow consumer grew without bound.
+    async fn a_flood_that_outruns_the_applier_becomes_one_flush(test: Test) {
+        test.logs.allow("more changes came in than could be applied");
+        let db = users_db(test.version).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.inbox_bytes_max = 4_000;
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        // One transaction, so that the messages arrive in one piece.
+        db.execute(
+            "do $$ begin for n in 1..20000 loop
+                 perform pg_notify('rowcache', '{\"v\":1,\"t\":\"public.other\",\"k\":[' || n || ']}');
+             end loop; end $$",
+        )
+        .await;
+        node.barrier().await.expect("a fence survives the flood");
+        let flushed = event(&mut events, "a flush", |event| match event {
+            Event::Change(change) => change.table.is_none(),
+            _ => false,
+        });
+        flushed.await;
+        assert!(!users.peek(&1).is_known());
+        assert!(matches!(node.status(), Status::Coherent { .. }));
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
+    }
+
+    async fn an_update_of_a_million_rows(test: Test) {
+        let db = users_db(test.version).await;
+        db.execute("insert into public.users select n, 'x' from generate_series(11, 1000000) n").await;
+        let (one, two) = (node(&db).await, node(&db).await);
+        for node in [&one, &two] {
+            let users = users(node).await;
+            assert_eq!(name(&users, 999_999).await.as_deref(), Some("x"));
+        }
+        let mut events = one.subscribe();
+        db.execute("update public.users set name = 'y'").await;
+        for node in [&one, &two] {
+            node.barrier().await.expect("coherent");
+            assert_eq!(name(&users(node).await, 999_999).await.as_deref(), Some("y"));
+        }
+        let Event::Change(change) = event(&mut events, "the change", |event| matches!(event, Event::Change(_))).await else {
+            unreachable!()
+        };
+        assert_eq!(change.rows, rowcache::Rows::All, "one message, not a million");
+    }
+
+    async fn an_exhausted_pool_is_a_timeout_that_says_so(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.pool = config.pool.max_connections(2);
+        config.load_timeout = Duration::from_millis(200);
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        let held = [node.pool().acquire().await.expect("free"), node.pool().acquire().await.expect("free")];
+        let error = users.get(&1).await.expect_err("no connection is free");
+        assert!(error.is_timeout(), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains("public.users 1") && text.contains("pool has 2"), "{text}");
+        assert!(matches!(node.status(), Status::Coherent { .. }), "the line does not depend on the pool");
+        node.barrier().await.expect("coherent");
+        drop(held);
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
+    }
+
+    // Caffeine #175, #1478: a load that hangs blocked its key for ever.
+    async fn a_load_that_hangs_times_out_and_frees_its_key(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.load_timeout = Duration::from_millis(200);
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        let client = db.client().await;
+        client.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
+        let (first, second) = tokio::join!(users.get(&1), users.get(&1));
+        for outcome in [first, second] {
+            let error = outcome.expect_err("nobody can read");
+            assert!(error.is_timeout() && error.to_string().contains("load_timeout"), "{error:?}");
+        }
+        client.batch_execute("rollback").await.expect("unlocks");
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "the key is free again");
+        let value: (i64,) = sqlx::query_as("select 7::bigint").fetch_one(node.pool()).await.expect("the pool is whole");
+        assert_eq!(value.0, 7, "and no answer of the load that was given up turns up elsewhere");
+    }
+
+    // cacheops #22: a fill from a transaction with an old snapshot.
+    async fn sessions_that_default_to_repeatable_read_load_fresh_rows(test: Test) {
+        let db = users_db(test.version).await;
+        db.execute(&format!("alter database {} set default_transaction_isolation = 'repeatable read'", db.name)).await;
+        let node = node(&db).await;
+        let users = users(&node).await;
+        for n in 0..5 {
+            db.execute(&format!("update public.users set name = 'n{n}' where id = 1")).await;
+            node.barrier().await.expect("coherent");
+            assert_eq!(name(&users, 1).await, Some(format!("n{n}")));
+        }
+    }
+
+    async fn x11_a_stuck_commit_is_doubt_and_not_silence(test: Test) {
+        test.logs.allow("a fence waited too long");
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        let server = support::server(test.version, &[]).await;
+        let db = support::database_on(&server, test.version).await;
+        fixture::migrate(&db).await;
+        db.execute(fixture::USERS).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        // A commit that waits for a standby which does not exist holds the lock that orders notifications.
+        let admin = support::connect(&server.admin_url()).await;
+        admin.batch_execute("alter system set synchronous_standby_names = 'nobody'").await.expect("set");
+        admin.batch_execute("select pg_reload_conf()").await.expect("reloaded");
+        let writer = db.client().await;
+        let pid = writer.backend_pid().await;
+        eventually("the new setting is in force", async || {
+            let row = writer.query_one("show synchronous_standby_names", &[]).await.expect("shows");
+            row.get::<_, String>(0) == "nobody"
+        })
+        .await;
+        let stuck = tokio::spawn(async move {
+            writer.batch_execute("update public.users set name = 'stuck' where id = 1").await
+        });
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "reads go to Postgres, which does not show it yet");
+        admin.batch_execute("alter system set synchronous_standby_names = ''").await.expect("set");
+        admin.batch_execute("select pg_reload_conf()").await.expect("reloaded");
+        admin.batch_execute(&format!("select pg_cancel_backend({pid})")).await.expect("cancelled");
+        stuck.await.expect("ends").expect("it was committed here all along");
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("stuck"));
+    }
+}
