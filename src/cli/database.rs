@@ -2,7 +2,8 @@
 
 use std::io::{Write as _, stdout};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
+use sqlx::PgPool;
 
 use super::{connect::connect, text};
 use crate::{
@@ -12,7 +13,7 @@ use crate::{
 
 pub(crate) async fn up(url: &str) -> Result<()> {
     let pool = connect(url).await?;
-    let applied = migrate::up(&pool).await.context("cannot migrate")?;
+    let applied = migrate::up(&pool).await?;
     let mut out = stdout().lock();
     for name in names(&applied) {
         writeln!(out, "applied {name}")?;
@@ -27,7 +28,7 @@ pub(crate) async fn up(url: &str) -> Result<()> {
 
 pub(crate) async fn down(url: &str, steps: usize) -> Result<()> {
     let pool = connect(url).await?;
-    let taken_back = migrate::down(&pool, steps).await.context("cannot take migrations back")?;
+    let taken_back = migrate::down(&pool, steps).await?;
     let mut out = stdout().lock();
     for name in names(&taken_back) {
         writeln!(out, "took back {name}")?;
@@ -52,7 +53,7 @@ fn names(versions: &[i64]) -> Vec<String> {
 pub(crate) async fn status(url: &str) -> Result<()> {
     let pool = connect(url).await?;
     let mut rows = vec![vec!["version".to_owned(), "name".to_owned(), "applied".to_owned()]];
-    for migration in migrate::status(&pool).await.context("cannot ask for the migrations")? {
+    for migration in migrate::status(&pool).await? {
         let altered = if migration.altered { ", from a file with other contents" } else { "" };
         let applied = migration.applied.unwrap_or_else(|| "no".to_owned());
         rows.push(vec![migration.version.to_string(), migration.name, format!("{applied}{altered}")]);
@@ -84,8 +85,9 @@ pub(crate) fn print(version: Option<i64>, down: bool) -> Result<()> {
 pub(crate) async fn track(url: &str, tables: &[String], options: &TrackOptions) -> Result<()> {
     let pool = connect(url).await?;
     for table in tables {
-        let name = install::track(&pool, table, options).await.with_context(|| format!("cannot track {table}"))?;
-        let tracked = install::tracked(&pool).await.context("cannot list the tracked tables")?;
+        look_up(&pool, table).await?;
+        let name = install::track(&pool, table, options).await?;
+        let tracked = install::tracked(&pool).await?;
         let how = tracked.iter().find(|tracked| tracked.relation == name);
         let how = how.map_or_else(String::new, |it| format!(" by ({}), {} triggers", it.key.join(", "), it.level));
         writeln!(stdout(), "tracking {name}{how}")?;
@@ -96,7 +98,8 @@ pub(crate) async fn track(url: &str, tables: &[String], options: &TrackOptions) 
 pub(crate) async fn untrack(url: &str, tables: &[String]) -> Result<()> {
     let pool = connect(url).await?;
     for table in tables {
-        let was = install::untrack(&pool, table).await.with_context(|| format!("cannot untrack {table}"))?;
+        look_up(&pool, table).await?;
+        let was = install::untrack(&pool, table).await?;
         writeln!(stdout(), "{table} {}", if was { "is no longer tracked" } else { "was not tracked" })?;
     }
     Ok(())
@@ -104,7 +107,7 @@ pub(crate) async fn untrack(url: &str, tables: &[String]) -> Result<()> {
 
 pub(crate) async fn tracked(url: &str, json: bool) -> Result<()> {
     let pool = connect(url).await?;
-    let tables = install::tracked(&pool).await.context("cannot list the tracked tables")?;
+    let tables = install::tracked(&pool).await?;
     let mut out = stdout().lock();
     if json {
         let tables: Vec<_> = tables.iter().map(as_json).collect();
@@ -140,6 +143,27 @@ pub(crate) async fn tracked(url: &str, json: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A table that exists.
+pub(crate) struct Found {
+    /// As messages name it.
+    pub(crate) name: String,
+    pub(crate) tracked: bool,
+    pub(crate) problems: Vec<String>,
+}
+
+/// Looks up a table by the name that a person gave it.
+pub(crate) async fn look_up(pool: &PgPool, table: &str) -> Result<Found> {
+    let ask = sqlx::query_as("select relation, tracked, problems from rowcache.describe($1)").bind(table);
+    let (relation, tracked, problems): (Option<String>, bool, Vec<String>) = ask.fetch_one(pool).await?;
+    let Some(name) = relation else {
+        bail!(
+            "there is no table {table} in this database; write it as schema.table, in the case in which it was created \
+             (without a schema it is looked up in the search_path)"
+        );
+    };
+    Ok(Found { name, tracked, problems })
 }
 
 fn as_json(table: &Tracked) -> serde_json::Value {

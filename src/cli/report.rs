@@ -55,17 +55,13 @@ fn cure(error: &anyhow::Error) -> Option<String> {
         if let Some(hint) = server.hint() {
             return Some(hint.to_owned());
         }
-        let about_us = server.message().contains("rowcache");
+        let about_us = ["rowcache.", "\"rowcache\""].iter().any(|name| server.message().contains(name));
         return Some(
             match server.code() {
                 "3F000" | "42883" | "42P01" if about_us => "run: rowcache migrate up",
-                "42P01" | "3F000" => {
-                    "write the table as schema.table, in the case in which it was created; \
-                     without a schema it is looked up in the search_path"
-                }
                 "28P01" | "28000" => "check the user and the password in the database URL",
                 "3D000" => "create the database, or name another one in the database URL",
-                "42501" => "connect as the owner of the table, or as a superuser",
+                "42501" => "connect as a role that may do this",
                 _ => return None,
             }
             .to_owned(),

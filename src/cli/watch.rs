@@ -9,12 +9,18 @@ use std::{
 };
 
 use anstyle::{AnsiColor, Style};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::json;
 use sqlx::PgPool;
 use tokio::sync::mpsc;
 
-use super::{commit_time::CommitTimes, connect::connect, signals::Signals, text};
+use super::{
+    commit_time::CommitTimes,
+    connect::connect,
+    database::{Found, look_up},
+    signals::Signals,
+    text,
+};
 use crate::{Change, Config, Event, Events, Node, Rows};
 
 /// Events that wait to be printed. When this is full, the node's own buffer fills, and after that it says how many
@@ -40,7 +46,7 @@ pub(crate) async fn watch(url: &str, tables: &[String], json: bool) -> Result<()
 async fn follow(url: &str, tables: &[String], json: bool) -> Result<()> {
     let pool = connect(url).await?;
     let tables = canonical(&pool, tables).await?;
-    let tracked = crate::install::tracked(&pool).await.context("cannot list the tracked tables")?;
+    let tracked = crate::install::tracked(&pool).await?;
     let mut names: Vec<String> = tracked.into_iter().map(|table| table.relation).collect();
     names.retain(|name| tables.is_empty() || tables.contains(name));
     pool.close().await;
@@ -86,22 +92,14 @@ async fn receive(mut events: Events, sender: mpsc::Sender<Received>) {
 async fn canonical(pool: &PgPool, tables: &[String]) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for table in tables {
-        let ask = sqlx::query_as("select relation, tracked, problems from rowcache.describe($1)").bind(table);
-        let (relation, tracked, problems): (Option<String>, bool, Vec<String>) =
-            ask.fetch_one(pool).await.with_context(|| format!("cannot look up {table}"))?;
-        let Some(relation) = relation else {
-            bail!(
-                "there is no table {table} in this database; write it as schema.table, in the case in which it was \
-                 created (`rowcache tracked` lists what can be watched)"
-            );
-        };
+        let Found { name, tracked, problems } = look_up(pool, table).await?;
         if !tracked {
-            bail!("{relation} is not tracked; run: rowcache track {relation}");
+            bail!("{name} is not tracked; run: rowcache track {name}");
         }
         for problem in problems {
-            anstream::eprintln!("warning: {relation}: {problem}");
+            anstream::eprintln!("warning: {name}: {problem}");
         }
-        names.push(relation);
+        names.push(name);
     }
     Ok(names)
 }

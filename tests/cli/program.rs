@@ -76,6 +76,8 @@ pub async fn psql_path(version: Version) -> PathBuf {
 /// Runs statements as a person would: by `psql`, and each by itself.
 pub async fn psql(db: &TestDb, statements: &[&str]) -> String {
     let mut command = Command::new(psql_path(db.version).await);
+    // Who terminates several backends may be told that one was faster.
+    command.env("PGOPTIONS", "-c client_min_messages=error");
     command.args(["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]);
     command.args(statements.iter().flat_map(|sql| ["--command", sql])).arg(&db.url);
     end(command).await.ok()

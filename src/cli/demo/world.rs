@@ -65,7 +65,7 @@ impl World {
         if server.is_none() {
             eprintln!("using {}, schema rowcache_demo", shown(&options));
         }
-        migrate::up(&pool).await.context("cannot run the migrations")?;
+        migrate::up(&pool).await?;
         let (present, rows) =
             join(&options, &pool, rows, keep).await.context("cannot make the schema rowcache_demo")?;
         let table_in_psql = if server.is_some() { "users" } else { TABLE };
