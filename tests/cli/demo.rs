@@ -19,9 +19,9 @@ struct Demo {
 
 impl Demo {
     async fn new(version: Version, args: &[&str]) -> Self {
-        // Everybody may enter: as root the server runs as another user.
-        let home = tempfile::Builder::new().prefix("demo-test-").permissions(Permissions::from_mode(0o755)).tempdir();
-        let home = home.expect("a directory");
+        // As /tmp is: as root the server runs as another user, who must come in, and clean up.
+        let home = tempfile::Builder::new().prefix("demo-test-").tempdir().expect("a directory");
+        std::fs::set_permissions(home.path(), Permissions::from_mode(0o1777)).expect("it is ours");
         let postgres = shared_server(version).await.bin("postgres").expect("there is a server");
         let programs = postgres.parent().expect("it is in a directory");
         let mut path = vec![programs.to_owned()];

@@ -25,7 +25,7 @@ const RATIO_OVER: usize = 10;
 
 pub(super) struct Board {
     pub(super) started: Instant,
-    pub(super) findings: Findings,
+    pub(super) findings: Arc<Findings>,
     /// Statements of the writers that changed rows, and those that were refused.
     pub(super) commits: AtomicU64,
     pub(super) refused: AtomicU64,
@@ -123,7 +123,7 @@ impl Board {
         };
         Arc::new(Self {
             started: Instant::now(),
-            findings: Findings::default(),
+            findings: Arc::default(),
             commits: AtomicU64::default(),
             refused: AtomicU64::default(),
             seen: Mutex::new(seen),

@@ -11,7 +11,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -142,7 +142,7 @@ impl Findings {
 }
 
 /// Checks reads until all their senders are gone.
-pub(super) async fn check(pool: PgPool, mut reads: mpsc::Receiver<Read>, findings: &Findings) {
+pub(super) async fn check(pool: PgPool, mut reads: mpsc::Receiver<Read>, findings: Arc<Findings>) {
     let mut batch = Vec::new();
     let mut swept_at = Instant::now();
     while reads.recv_many(&mut batch, BATCH_MAX).await > 0 {
@@ -188,11 +188,14 @@ mod tests {
     use super::*;
 
     /// What happened to one key, in the order of commits; the place in the list is the step.
-    struct History(Vec<(u64, Option<i64>)>);
+    struct History(Vec<Written>);
+
+    /// A transaction, and the version that it wrote; `None`: it deleted the row.
+    type Written = (u64, Option<i64>);
 
     impl History {
         fn verdict(&self, applied: u64, version: Option<i64>) -> Verdict {
-            let last = |wanted: &dyn Fn(&(u64, Option<i64>)) -> bool| {
+            let last = |wanted: &dyn Fn(&Written) -> bool| {
                 self.0.iter().rposition(wanted).map(|step| i64::try_from(step).expect("few steps"))
             };
             let facts = Facts {

@@ -24,8 +24,7 @@ pub(super) struct Comparison {
 /// Holds every entry of every node against the table.
 pub(super) async fn compare(nodes: &[Arc<DemoNode>], pool: &PgPool, rows: u64) -> Result<Comparison> {
     let mut keys: BTreeSet<i64> = (1..=i64::try_from(2 * rows)?).collect();
-    let ids: sqlx::Result<Vec<i64>> =
-        sqlx::query_scalar("select id from rowcache_demo.users").fetch_all(pool).await;
+    let ids: sqlx::Result<Vec<i64>> = sqlx::query_scalar("select id from rowcache_demo.users").fetch_all(pool).await;
     keys.extend(ids.context("cannot read the table for the last comparison")?);
     let mut comparison = Comparison { entries: 0, differing: Vec::new() };
     for round in 0..ROUNDS {

@@ -72,7 +72,7 @@ pub(crate) struct Options {
     /// Ends by itself after this long.
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
-    /// Leaves the schema rowcache_demo in the database that was named.
+    /// Leaves the schema `rowcache_demo` in the database that was named.
     #[arg(long)]
     keep: bool,
 }
@@ -128,13 +128,11 @@ async fn run(world: &World, options: &Options, signals: &mut Signals) -> Result<
         let events = node.node.subscribe();
         followers.spawn(Arc::clone(node).follow(events, Arc::clone(&board), untimed.clone()));
         for _ in 0..readers::PER_NODE {
-            let reader = readers::read(Arc::clone(node), world.rows, reads.clone(), stopping.clone());
-            workers.spawn(async { Ok(reader.await) });
+            workers.spawn(readers::read(Arc::clone(node), world.rows, reads.clone(), stopping.clone()));
         }
     }
     drop(reads);
-    let checking = (world.pool.clone(), Arc::clone(&board));
-    workers.spawn(async move { Ok(checker::check(checking.0, to_check, &checking.1.findings).await) });
+    workers.spawn(checker::check(world.pool.clone(), to_check, Arc::clone(&board.findings)));
     let means = Means { url: world.url.clone(), psql: world.psql() };
     let every = Duration::from_secs(WRITERS).div_f64(options.writes_per_second.into());
     for _ in 0..WRITERS {
@@ -154,14 +152,14 @@ async fn run(world: &World, options: &Options, signals: &mut Signals) -> Result<
         () = signals.next() => Ok(()),
         () = sleep(Duration::from_secs(options.seconds.unwrap_or(0))), if options.seconds.is_some() => Ok(()),
         // None of them ends by itself.
-        ended = workers.join_next() => ended.context("nothing runs")?.context("a part of the demo failed")?,
+        ended = workers.join_next() => ended.context("nothing runs")?.context("a part of the demo failed"),
     };
     stop.send_replace(true);
     eprintln!("stopping, and comparing what the nodes hold with the table");
     let end = async {
         shown?;
         while let Some(ended) = workers.join_next().await {
-            ended.context("a part of the demo failed")??;
+            ended.context("a part of the demo failed")?;
         }
         compare(&nodes, &world.pool, world.rows).await
     };

@@ -57,12 +57,7 @@ pub(super) async fn show(board: &Board, nodes: &[Arc<DemoNode>], invitation: &In
 fn commit_line(commit: &Commit, nodes: usize) -> String {
     let xid = commit.xid.map_or_else(|| "-".to_owned(), |xid| xid.to_string());
     let latency = text::millis(commit.latency);
-    format!(
-        "{}  {}  xid {xid}  nodes {}/{nodes}  {latency} ms",
-        local(commit.at),
-        commit.rows(40),
-        commit.nodes()
-    )
+    format!("{}  {}  xid {xid}  nodes {}/{nodes}  {latency} ms", local(commit.at), commit.rows(40), commit.nodes())
 }
 
 fn status_line(board: &Board, nodes: &[NodeLine]) -> String {

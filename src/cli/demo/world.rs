@@ -52,14 +52,9 @@ pub(super) struct World {
 impl World {
     /// Starts or joins one, and says on stderr what it does, as it can take a while.
     pub(super) async fn enter(database_url: Option<&str>, rows: u64, keep: bool) -> Result<Self> {
-        let (server, url) = match database_url {
-            Some(url) => (None, url.to_owned()),
-            None => {
-                let server = start_server().await?;
-                let url = server.url("demo");
-                (Some(server), url)
-            }
-        };
+        let server = if database_url.is_none() { Some(start_server().await?) } else { None };
+        let own_url = || server.as_ref().map(|server| server.url("demo"));
+        let url = database_url.map(str::to_owned).or_else(own_url).expect("one of the two");
         let pool = connect(&url).await?;
         let options = Config::from_url(&url)?.pool_connect;
         if server.is_none() {

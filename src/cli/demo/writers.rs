@@ -63,20 +63,19 @@ pub(super) async fn write(
     every: Duration,
     board: Arc<Board>,
     mut stop: watch::Receiver<bool>,
-) -> Result<()> {
-    let mut writer = Writer::new(rows)?;
+) {
+    let mut writer = Writer::new(rows);
     while !*stop.borrow() {
         tokio::select! {
             ended = writer.run(&means, every, &board, stop.clone()) => match ended {
-                Ok(()) => return Ok(()),
+                Ok(()) => return,
                 Err(error) => tracing::warn!("a writer lost its connection: {error:#}"),
             },
             // A statement that waits for a lock is not waited for: its connection is closed.
-            () = stopped_for(&mut stop, PAUSE) => return Ok(()),
+            () = stopped_for(&mut stop, PAUSE) => return,
         }
         let _ = timeout(PAUSE, stop.wait_for(|stop| *stop)).await;
     }
-    Ok(())
 }
 
 /// Returns `grace` after `stop` was set.
@@ -86,11 +85,11 @@ async fn stopped_for(stop: &mut watch::Receiver<bool>, grace: Duration) {
 }
 
 impl Writer {
-    fn new(rows: u64) -> Result<Self> {
+    fn new(rows: u64) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "a number of rows far below 2^52")]
-        let popularity = Zipf::new((rows - YOURS) as f64, readers::EXPONENT)?;
-        let rows = i64::try_from(rows)?;
-        Ok(Self { rng: StdRng::from_os_rng(), popularity, rows, deleted: Vec::new(), moved: Vec::new() })
+        let popularity = Zipf::new((rows - YOURS) as f64, readers::EXPONENT).expect("there are more rows than yours");
+        let rows = i64::try_from(rows).expect("the option has a limit");
+        Self { rng: StdRng::from_os_rng(), popularity, rows, deleted: Vec::new(), moved: Vec::new() }
     }
 
     async fn run(
@@ -137,7 +136,7 @@ impl Writer {
         }
         if self.moved.len() > 3 {
             let id = self.moved.swap_remove(0);
-            return (self.move_row(id + self.rows, id), None);
+            return (move_row(id + self.rows, id), None);
         }
         match self.rng.random_range(0..100) {
             0..5 => {
@@ -151,7 +150,7 @@ impl Writer {
             }
             12..16 => {
                 self.moved.push(any);
-                (self.move_row(any, any + self.rows), Some(any))
+                (move_row(any, any + self.rows), Some(any))
             }
             n => {
                 let id = if n < 60 { popular } else { any };
@@ -159,22 +158,22 @@ impl Writer {
             }
         }
     }
+}
 
-    fn move_row(&self, from: i64, to: i64) -> String {
-        format!("update {TABLE} set id = {to} where id = {from} and not exists (select from {TABLE} where id = {to})")
-    }
+fn move_row(from: i64, to: i64) -> String {
+    format!("update {TABLE} set id = {to} where id = {from} and not exists (select from {TABLE} where id = {to})")
 }
 
 /// One connection, however it is made.
 enum Session {
-    Psql(Psql),
+    Psql(Box<Psql>),
     BuiltIn(PgConnection),
 }
 
 impl Session {
     async fn open(means: &Means) -> Result<Self> {
         Ok(match &means.psql {
-            Some(psql) => Self::Psql(Psql::start(psql, &means.url)?),
+            Some(psql) => Self::Psql(Box::new(Psql::start(psql, &means.url)?)),
             None => Self::BuiltIn(PgConnection::connect_with(&Config::from_url(&means.url)?.pool_connect).await?),
         })
     }
@@ -296,7 +295,7 @@ mod tests {
 
     #[test]
     fn your_rows_are_left_alone() {
-        let mut writer = Writer::new(1000).unwrap();
+        let mut writer = Writer::new(1000);
         for _ in 0..5000 {
             let (sql, _) = writer.statement();
             let numbers = sql.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse::<u64>().ok());
