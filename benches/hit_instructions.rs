@@ -1,7 +1,7 @@
-//! The price of a hit, in instructions, beside a bare quick_cache `get` in the same binary.
+//! The price of a hit, in instructions, beside a bare `quick_cache` `get` in the same binary.
 //!
 //! `cargo bench --features cli --bench hit_instructions` starts a throw-away Postgres, fills a real table cache
-//! and a bare quick_cache with the same keys, and runs the same reads of each under callgrind, which counts
+//! and a bare `quick_cache` with the same keys, and runs the same reads of each under callgrind, which counts
 //! the same instructions every time, whatever else the machine does. It fails when a budget is exceeded.
 //! Needs valgrind.
 
@@ -36,22 +36,25 @@ struct User {
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
-    match arguments.next() {
-        Some(variant) => {
-            run(&variant);
-            ExitCode::SUCCESS
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        match (arguments.next(), arguments.next()) {
+            (Some(variant), Some(url)) => run(&variant, &url).await,
+            _ => gate().await,
         }
-        None => gate(),
-    }
+    })
 }
 
 /// Runs each variant under callgrind and compares.
-fn gate() -> ExitCode {
-    let bare = count("bare");
+async fn gate() -> ExitCode {
+    let server = TempServer::options().setting("fsync", "off").start().await.expect("a throw-away Postgres");
+    let url = server.url("postgres");
+    fill(&url).await;
+    let bare = count("bare", &url);
     println!("{:<28} {bare:>6.1} instructions per read", "bare quick_cache get");
     let mut exceeded = false;
     for (variant, budget) in BUDGETS {
-        let ours = count(variant);
+        let ours = count(variant, &url);
         let ratio = ours / bare;
         exceeded |= ratio > budget;
         let verdict = if ratio > budget { "EXCEEDED" } else { "ok" };
@@ -61,12 +64,12 @@ fn gate() -> ExitCode {
 }
 
 /// Instructions per read of one variant: those that are executed inside of the function `measured_…`.
-fn count(variant: &str) -> f64 {
+fn count(variant: &str, url: &str) -> f64 {
     let program = std::env::current_exe().expect("this program has a path");
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=*measured_*"])
         .arg(program)
-        .arg(variant)
+        .args([variant, url])
         .output()
         .expect("valgrind is installed");
     let report = String::from_utf8_lossy(&output.stderr);
@@ -77,42 +80,42 @@ fn count(variant: &str) -> f64 {
     collected.trim().parse::<f64>().expect("callgrind reports a number") / reads
 }
 
-fn run(variant: &str) {
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    runtime.block_on(async {
-        let server = TempServer::options().setting("fsync", "off").start().await.expect("a throw-away Postgres");
-        let (node, users) = fill(&server.url("postgres")).await;
-        let bare = Cache::new(usize::try_from(ROWS).expect("small") * 2);
-        for id in 1..=ROWS {
-            bare.insert(id, Arc::new(User { id, name: format!("user {id}") }));
-        }
-        let zipf = Zipf::new(10_000.0, 0.99).expect("sane");
-        let mut random = StdRng::seed_from_u64(7);
-        #[expect(clippy::cast_possible_truncation, reason = "a rank")]
-        let keys: Vec<i64> = (0..READS).map(|_| zipf.sample(&mut random) as i64).collect();
-        let hits = match variant {
-            "bare" => measured_bare(&bare, &keys),
-            "try_get" => measured_try_get(&users, &keys),
-            "get" => measured_get(&users, &keys),
-            other => panic!("no variant {other}"),
-        };
-        assert_eq!(hits, keys.len(), "every read was a hit");
-        node.shutdown().await;
-    });
+async fn run(variant: &str, url: &str) -> ExitCode {
+    let (node, users) = open(url).await;
+    let bare = Cache::new(usize::try_from(ROWS).expect("small") * 2);
+    for id in 1..=ROWS {
+        bare.insert(id, Arc::new(User { id, name: format!("user {id}") }));
+    }
+    let zipf = Zipf::new(10_000.0, 0.99).expect("sane");
+    let mut random = StdRng::seed_from_u64(7);
+    #[expect(clippy::cast_possible_truncation, reason = "a rank")]
+    let keys: Vec<i64> = (0..READS).map(|_| zipf.sample(&mut random) as i64).collect();
+    let hits = match variant {
+        "bare" => measured_bare(&bare, &keys),
+        "try_get" => measured_try_get(&users, &keys),
+        "get" => measured_get(&users, &keys),
+        other => panic!("no variant {other}"),
+    };
+    assert_eq!(hits, keys.len(), "every read was a hit");
+    node.shutdown().await;
+    ExitCode::SUCCESS
 }
 
-async fn fill(url: &str) -> (Node, Table<i64, User>) {
-    let mut config = Config::from_url(url).expect("a good URL");
-    // Under callgrind everything takes long.
-    config.load_timeout = Duration::from_secs(60);
-    config.beat = Duration::from_secs(60);
-    config.beat_timeout = Duration::from_secs(120);
-    config.lease = Duration::from_secs(600);
-    let pool = sqlx::PgPool::connect_with(config.pool_connect.clone()).await.expect("connects");
+async fn fill(url: &str) {
+    let pool = sqlx::PgPool::connect(url).await.expect("connects");
     rowcache::migrate::up(&pool).await.expect("migrates");
     let setup = "create table users as select n as id, 'user ' || n as name from generate_series(1::bigint, 10000) n;
          alter table users add primary key (id); select rowcache.track('users')";
     sqlx::raw_sql(setup).execute(&pool).await.expect("made");
+    pool.close().await;
+}
+
+/// A node that holds all rows.
+async fn open(url: &str) -> (Node, Table<i64, User>) {
+    let mut config = Config::from_url(url).expect("a good URL");
+    // Under callgrind everything takes long.
+    let long = Duration::from_mins(10);
+    (config.load_timeout, config.beat, config.beat_timeout, config.lease) = (long, long, 2 * long, 2 * long);
     let node = Node::start(config).await.expect("starts");
     let options = TableOptions::default().capacity(usize::try_from(ROWS).expect("small") * 2);
     let users: Table<i64, User> = node.table_with("users", options).await.expect("opens");

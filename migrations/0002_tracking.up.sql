@@ -545,10 +545,11 @@ begin
     raise exception 'there is no table with oid %', relation::oid using errcode = 'undefined_table';
   end if;
   if class.relkind not in ('r', 'p') then
-    raise exception '% is a %, which cannot be tracked', shown,
+    raise exception '% is %, which cannot be tracked', shown,
         case class.relkind
-          when 'v' then 'view' when 'm' then 'materialized view' when 'f' then 'foreign table' when 'i' then 'index'
-          when 'I' then 'partitioned index' when 'S' then 'sequence' when 'c' then 'composite type' else 'TOAST table'
+          when 'v' then 'a view' when 'm' then 'a materialized view' when 'f' then 'a foreign table'
+          when 'i' then 'an index' when 'I' then 'a partitioned index' when 'S' then 'a sequence'
+          when 'c' then 'a composite type' else 'a TOAST table'
         end
       using errcode = 'wrong_object_type',
         hint = 'Track the tables it reads; a service can build an entry from several of them.';

@@ -113,6 +113,10 @@ async fn pool_incarnation(shared: &Shared) -> Result<Option<Incarnation>> {
 /// Sends fences and verifies triggers until the line is given up. An error if it never proved itself.
 async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<Result<()>>>) -> Result<()> {
     shared.look(|coherence| coherence.listening(line.incarnation));
+    if !line.is_open() {
+        // It ended before the state machine knew of it, which then took no notice.
+        shared.gap(Reason::ConnectionLost("closed".into()));
+    }
     let mut checked_at = clock::now();
     let mut proved = false;
     loop {
@@ -135,7 +139,9 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
         }
         if up && now >= checked_at + shared.config.beat {
             checked_at = now;
-            if let Err(error) = timeout(shared.config.beat_timeout, verify(shared, line)).await.unwrap_or(Ok(())) {
+            let verified = timeout(shared.config.beat_timeout, verify(shared, line)).await;
+            let late = |_| Err(Error::new(Kind::Timeout, "verifying the triggers of the cached tables took too long"));
+            if let Err(error) = verified.unwrap_or_else(late) {
                 tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
                 shared.gap(Reason::ConnectionLost(full(&error)));
             }
@@ -181,14 +187,13 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
         }
     };
     match timeout(limit, sending).await {
-        Ok(Ok(true)) => {}
+        // Sent, or late, which the state machine sees by itself.
+        Ok(Ok(true)) | Err(_) => {}
         Ok(Ok(false)) => {
             tracing::warn!("a fence waited too long for the lock that orders commits; is a commit stuck?");
             shared.look(|coherence| coherence.fence_not_sent(fence));
         }
         Ok(Err(error)) => shared.gap(Reason::ConnectionLost(full(&error))),
-        // Late: the state machine sees that by itself.
-        Err(_) => {}
     }
 }
 
@@ -204,7 +209,7 @@ async fn verify(shared: &Shared, line: &Line) -> Result<()> {
         let Some(cleared) = inspected else { continue };
         if !cleared.is_empty() {
             tracing::warn!(table = name, "the triggers or the definition of this table changed; verifying them");
-            shared.reclaim(cleared);
+            Shared::reclaim(cleared);
         }
         let outcome = line.describe(&name).await?.whole();
         shared.tables.verified(&name, outcome);

@@ -1,5 +1,83 @@
-//! x
-#![allow(missing_docs)]
+//! Postgres rows, cached inside your service's own process and never silently stale.
+//!
+//! For services on Postgres, one process per node and many nodes, that read the same rows over and over (users,
+//! permissions, sessions, settings, prices) and cannot live with a time-to-live's worth of lies. Writers are
+//! *anything*: this service, another one, a cron job, psql.
+//!
+//! # The promise
+//!
+//! > Once a node has applied the notification of a commit, no `get` that starts later on that node returns data
+//! > from before that commit. While a node is *coherent*, it has applied every commit older than its last fence,
+//! > and that fence is at most one *lease* old. When in doubt, it reads Postgres.
+//!
+//! # Example
+//!
+//! ```no_run
+//! use rowcache::{Node, Table};
+//!
+//! #[derive(sqlx::FromRow)]
+//! struct User {
+//!     name: String,
+//! }
+//!
+//! # async fn example() -> rowcache::Result<()> {
+//! // Once per database: `rowcache migrate up`, and `rowcache track public.users`.
+//! let node = Node::connect("postgres://app:secret@localhost/app").await?;
+//! let users: Table<i64, User> = node.table("public.users").await?;
+//!
+//! if let Some(user) = users.get(&42).await? {
+//!     println!("{}", user.name); // from Postgres now, from memory from now on, until somebody changes the row
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Trade-offs
+//!
+//! * The listener needs a **direct connection** to the primary (or a pooler in session mode): LISTEN does not
+//!   survive transaction pooling. The pool may go through one that keeps track of prepared statements.
+//! * Writers pay for the triggers, and transactions that notify **commit one at a time**, in the whole cluster. Right
+//!   for tables that are read much more often than written; the README has figures.
+//! * The table needs a **key**, made of integers, text and uuids. A statement that changes very many rows drops the
+//!   whole table from memory.
+//! * A row is cached as the pool's role sees it. Row-level security and views that depend on the time or on the session
+//!   are not for sharing.
+//! * The lease is checked by a thread of its own, every 10 ms, not by every read. A process that was stopped or
+//!   suspended can serve from memory in the instant after it continues, before that thread has run.
+//!
+//! # How it works
+//!
+//! A miss reads Postgres, together with whatever else was missed meanwhile. Triggers send the keys of changed rows by
+//! NOTIFY; the listener of every node hands them to its applier, which forgets the rows and voids loads that are under
+//! way. Once a second each node sends a message to itself, a *fence*, and verifies the triggers: as long as fences come
+//! back, everything committed before they were sent has been applied. `docs/design.md` has the definitions, the
+//! invariants, and why they hold.
+//!
+//! # Layout
+//!
+//! Imports go downward. The core does no I/O and reads no clock; it runs unchanged under a model checker.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | `table` | the story of `get` |
+//! | `node` | start, open tables, wait, stop |
+//! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
+//! | `load` | runs loads, in greedy batches |
+//! | `shared` | what a node's tasks share: the applier, the clock, fences |
+//! | `postgres/` | the only place with SQL and sockets |
+//! | `config`, `settings`, `tls` | how to reach Postgres, and how to behave |
+//! | `coherence` | core: may entries be trusted? A state machine |
+//! | `tables`, `inbox` | core: who must forget what; what is still to be applied |
+//! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
+//! | `change`, `key` | core: messages and keys |
+//! | `status`, `stats`, `error` | what users are told |
+//!
+//! # Features
+//!
+//! | feature | adds |
+//! | --- | --- |
+//! | (none) | the library |
+//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `watch`, `demo` |
 
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -40,3 +118,7 @@ pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
 pub use tls::TlsConfig;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -16,10 +16,11 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
     loop {
         // Never closed, so never an error; the permit is held until the rows are published.
         let _turn = shared.loads.acquire().await;
+        let gaps = shared.look(|coherence| coherence.gaps());
         let Some(keys) = runner.take() else { return };
         match source.load(keys).await {
             Ok(loaded) => {
-                let ours = shared.is_ours(loaded.incarnation) && !loaded.dirty;
+                let ours = shared.is_ours(loaded.incarnation, gaps) && !loaded.dirty;
                 runner.finish(loaded.rows, ours);
             }
             Err(error) => runner.fail(&error),

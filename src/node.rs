@@ -107,7 +107,7 @@ impl Node {
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
             let store = Arc::new(Store::<K, V>::new(options.capacity, limits));
-            shared.tables.add(&tracked.name, tracked.trust.clone(), Arc::clone(&store) as Arc<dyn Member>);
+            shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             store
         });
         Ok(Table::new(Arc::clone(&self.0), store, &tracked))

@@ -9,7 +9,7 @@
 
 use std::{
     any::{Any, TypeId},
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
@@ -177,11 +177,11 @@ impl Shared {
                     bytes_max = self.config.inbox_bytes_max,
                     "more changes came in than could be applied; everything held was forgotten"
                 );
-                let everything = Change { rows: Rows::All, table: None, columns: Default::default(), xid: None };
+                let everything = Change { rows: Rows::All, table: None, columns: BTreeMap::new(), xid: None };
                 self.apply_message(Message::Change(everything))
             }
         };
-        self.reclaim(cleared);
+        Self::reclaim(cleared);
     }
 
     fn apply_message(&self, message: Message) -> Vec<Arc<dyn Member>> {
@@ -206,7 +206,7 @@ impl Shared {
     }
 
     /// Frees the memory of what was cleared, off the applier's path.
-    pub(crate) fn reclaim(&self, cleared: Vec<Arc<dyn Member>>) {
+    pub(crate) fn reclaim(cleared: Vec<Arc<dyn Member>>) {
         if !cleared.is_empty() {
             tokio::task::spawn_blocking(move || cleared.iter().for_each(|member| member.reclaim()));
         }
@@ -252,9 +252,11 @@ impl Shared {
     }
 
     /// Whether rows with this stamp come from the server that the node listens to. If not, while the node takes
-    /// itself for coherent, that is a gap: one of the two is the wrong server (X6).
-    pub(crate) fn is_ours(&self, incarnation: Option<Incarnation>) -> bool {
-        let (listening, up) = self.look(|coherence| (coherence.incarnation(), coherence.bypassed().is_none()));
+    /// itself for coherent, that is a gap: one of the two is the wrong server (X6). `gaps` is the number of gaps
+    /// when the load began: one that spans a gap may well have read the server as it was before.
+    pub(crate) fn is_ours(&self, incarnation: Option<Incarnation>, gaps: u64) -> bool {
+        let (listening, up) = self
+            .look(|coherence| (coherence.incarnation(), coherence.bypassed().is_none() && coherence.gaps() == gaps));
         if incarnation.is_some() && incarnation == listening {
             return true;
         }
@@ -272,17 +274,17 @@ impl Shared {
     pub(crate) async fn barrier(&self) -> Result<()> {
         let mut progress = self.progress.subscribe();
         let wanted = self.look(|coherence| coherence.want_fence().map(|fence| (fence, coherence.gaps())));
-        let (fence, gaps) = wanted.map_err(|why| self.unavailable(&why))?;
+        let (fence, gaps) = wanted.map_err(|why| Self::unavailable(&why))?;
         self.wake.notify_one();
         let done = |progress: &Progress| progress.fence >= fence || progress.gaps != gaps;
         let progress = *progress.wait_for(done).await.expect("the sender is part of self");
         if progress.gaps == gaps {
             return Ok(());
         }
-        Err(self.unavailable(&self.status_reason().unwrap_or(Reason::BeatLate)))
+        Err(Self::unavailable(&self.status_reason().unwrap_or(Reason::BeatLate)))
     }
 
-    fn unavailable(&self, why: &Reason) -> Error {
+    fn unavailable(why: &Reason) -> Error {
         let kind = if *why == Reason::ShutDown { Kind::Closed } else { Kind::Unavailable };
         Error::new(kind, format!("no fence can come back while the node is not coherent: {why}"))
     }

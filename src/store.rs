@@ -9,7 +9,7 @@
 //! Only [`Runner::finish`] adds entries; only an invalidation, the gate, or lack of space takes them away.
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
-//! **Lock order**: a key's stripe, then quick_cache's shard. The queue's lock is held with no other. No code of
+//! **Lock order**: a key's stripe, then `quick_cache`'s shard. The queue's lock is held with no other. No code of
 //! the user runs under any of them (values are dropped after the locks are released), with one exception:
 //! `reclaim` drops values under a shard's lock, so a value's `Drop` must not call into its own table.
 //!
@@ -20,7 +20,7 @@
 //!    to remove, but it marks the running load void;
 //! 3. the load returns with the old row; `finish`, under the same lock, sees the mark and does not publish.
 //!
-//! quick_cache's own placeholders would do for this, but not for loads that must not overlap (X2) nor for
+//! `quick_cache`'s own placeholders would do for this, but not for loads that must not overlap (X2) nor for
 //! failures that go to everybody; one record per key for all three is the smaller machine
 //! (`docs/decisions.md`).
 

@@ -61,7 +61,7 @@ impl World {
             returned: Mutex::new([0; KEYS]),
         };
         world.tables.set_coherent(true);
-        world.tables.add("t", Trust::default(), store);
+        world.tables.add("t", Trust::default(), &(store as Arc<dyn Member>));
         Arc::new(world)
     }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::gate::Words;
 
+type Wait = oneshot::Receiver<Outcome<&'static str>>;
 type Users = Arc<Store<i64, &'static str>>;
 
 struct Fixture {
@@ -24,7 +25,7 @@ impl Fixture {
     }
 
     /// One caller asks for keys that must all miss.
-    fn ask(&self, keys: &[i64]) -> (Vec<oneshot::Receiver<Outcome<&'static str>>>, Vec<Runner<i64, &'static str>>) {
+    fn ask(&self, keys: &[i64]) -> (Vec<Wait>, Vec<Runner<i64, &'static str>>) {
         let mut wanted = Vec::new();
         let waits = keys.iter().map(|key| match self.store.ask(key, &mut wanted) {
             Asked::Wait(wait) => wait,
@@ -39,7 +40,7 @@ impl Fixture {
     }
 }
 
-fn value(wait: &mut oneshot::Receiver<Outcome<&'static str>>) -> Option<&'static str> {
+fn value(wait: &mut Wait) -> Option<&'static str> {
     wait.try_recv().expect("answered").expect("loaded").value
 }
 

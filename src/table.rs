@@ -18,7 +18,7 @@ use crate::{
     key::{self, Key},
     load,
     postgres::{catalog::TrackedTable, rows::Rows},
-    shared::Handle,
+    shared::{Handle, Shared},
     source::Source,
     stats::Stats,
     status::Status,
@@ -184,7 +184,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     /// As [`invalidate`](Self::invalidate).
     pub async fn clear(&self) -> Result<()> {
         let shared = &self.handle.shared;
-        shared.reclaim(shared.tables.clear(Some(&self.name)));
+        Shared::reclaim(shared.tables.clear(Some(&self.name)));
         self.tell(ChangedRows::All).await
     }
 

@@ -69,13 +69,13 @@ impl Inner {
 impl Tables {
     /// Adds a cache of a table whose triggers were found to be whole, *before* any load of the cache starts:
     /// every change that such a load could miss is then a message to come (I1).
-    pub(crate) fn add(&self, name: &str, trust: Trust, member: Arc<dyn Member>) {
+    pub(crate) fn add(&self, name: &str, trust: Trust, member: &Arc<dyn Member>) {
         let mut inner = lock(&self.0);
         let table =
             inner.by_name.entry(name.to_owned()).or_insert_with(|| Table { trust, suspect: None, members: Vec::new() });
         // If it looks different from what is on record, the next beat puts all its members in doubt.
         let trusted = table.suspect.is_none();
-        table.members.push(Arc::clone(&member));
+        table.members.push(Arc::clone(member));
         let coherent = inner.coherent && trusted;
         let word = inner.words.fresh(coherent);
         member.show(word);
@@ -91,7 +91,8 @@ impl Tables {
             Some(table) => table.members.clone(),
             None => return Vec::new(),
         };
-        let understood = members.iter().fold(true, |all, member| member.invalidate(keys) && all);
+        // If one does not understand, all of them are cleared.
+        let understood = members.iter().all(|member| member.invalidate(keys));
         if understood { Vec::new() } else { lock(&self.0).clear(Some(name)) }
     }
 

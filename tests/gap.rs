@@ -409,4 +409,29 @@ pg_test! {
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         assert_eq!(name(&users, 1).await.as_deref(), Some("stuck"));
     }
+
+    // X14: a load that sees changes of its own transaction, which may yet be rolled back: no message will come.
+    async fn x14_uncommitted_rows_are_not_cached(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.pool = config.pool.max_connections(1).after_connect(|connection, _| {
+            Box::pin(async move {
+                let dirt = "begin; update public.users set name = 'uncommitted' where id = 1";
+                sqlx::raw_sql(dirt).execute(connection).await.map(drop)
+            })
+        });
+        let error = Node::start(config).await.expect_err("the probe is never committed");
+        assert!(error.is_pooler() || error.is_unavailable(), "{error:?}");
+    }
+
+    async fn a_listener_on_a_standby_is_refused(test: Test) {
+        let mut server = support::server(test.version, &[]).await;
+        let db = support::database_on(&server, test.version).await;
+        fixture::migrate(&db).await;
+        server.stop(rowcache::cli::temp_server::Stop::Fast).await.expect("stops");
+        std::fs::write(server.data_dir().join("standby.signal"), "").expect("writes");
+        server.start().await.expect("starts as a standby");
+        let error = Node::connect(&db.url).await.expect_err("LISTEN is impossible there");
+        assert!(error.is_standby() && error.to_string().contains("primary"), "{error:?}");
+    }
 }

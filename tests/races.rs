@@ -23,9 +23,11 @@ struct Slow {
     name: String,
 }
 
+/// Told when a decoder has stopped; tells it to go on.
+type Stop = (oneshot::Sender<()>, mpsc::Receiver<()>);
+
 /// Where decoders stop: by database and name.
-static STOPS: LazyLock<Mutex<HashMap<String, (oneshot::Sender<()>, mpsc::Receiver<()>)>>> =
-    LazyLock::new(Mutex::default);
+static STOPS: LazyLock<Mutex<HashMap<String, Stop>>> = LazyLock::new(Mutex::default);
 
 impl<'r> FromRow<'r, PgRow> for Slow {
     fn from_row(row: &'r PgRow) -> sqlx::Result<Self> {

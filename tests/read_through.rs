@@ -22,7 +22,7 @@ pg_test! {
         assert_eq!(*first, User { id: 1, name: "user 1".into() });
         let second = users.get(&1).await.expect("hits").expect("exists");
         assert_eq!(first, second);
-        assert!(std::ptr::eq(&*first, &*second), "shared, not copied");
+        assert!(std::ptr::eq(&raw const *first, &raw const *second), "shared, not copied");
         assert!(users.try_get(&1).is_known() && users.peek(&1).row().is_some());
         let stats = users.stats();
         assert_eq!((stats.gets, stats.hits, stats.misses), (4, 2, 2));

@@ -29,6 +29,7 @@ use support::{Notifications, Test, TestClient, TestDb, database};
 
 /// A migrated database, a session that writes, and one that listens on channel `rowcache`.
 struct Db {
+    #[allow(clippy::struct_field_names)] // it is the database
     db: TestDb,
     client: TestClient,
     listener: Notifications,

@@ -88,6 +88,10 @@ impl Phase {
         self.0.compare_exchange(Self::OPENING, Self::OPEN, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
+    fn is_open(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::OPEN
+    }
+
     /// The line has ended. Returns whether it was open until now.
     fn end(&self) -> bool {
         self.0.swap(Self::ENDED, Ordering::AcqRel) == Self::OPEN
@@ -223,6 +227,11 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
 }
 
 impl Line {
+    /// Whether neither connection has ended.
+    pub(crate) fn is_open(&self) -> bool {
+        self.phase.is_open()
+    }
+
     /// Sends a fence. `Ok(false)`: it waited too long for the lock that orders commits, and was not sent.
     pub(crate) async fn send(&self, channel: &str, fence: Fence) -> Result<bool> {
         let payload = change::fence_payload(fence.nonce);

@@ -27,6 +27,12 @@ fn is_shutdown(code: &str) -> bool {
 
 /// An error of the pool's driver. `doing` and `what` say what was attempted: "loading", "public.users 7".
 pub(crate) fn database_error(doing: &str, what: &str, error: sqlx::Error) -> Error {
+    if is_foreign_statement(&error) {
+        let cure = "the pool goes through a pooler in transaction mode that does not keep track of prepared \
+             statements; use one that does (PgBouncer 1.21 or newer with max_prepared_statements), or session mode, or a \
+             direct connection";
+        return Error::with(Kind::Pooler, format!("{doing} {what} failed: {cure}"), error);
+    }
     let kind = match &error {
         sqlx::Error::PoolClosed => Kind::Closed,
         sqlx::Error::PoolTimedOut => Kind::Timeout,
@@ -47,6 +53,12 @@ pub(crate) fn refusal(doing: &str, error: sqlx::Error) -> Error {
     };
     let hint = refusal.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
     Error::new(Kind::Table, format!("{doing}: {}{hint}", refusal.message()))
+}
+
+/// `42P05`, `26000`: a prepared statement exists that we did not make, or one of ours does not.
+fn is_foreign_statement(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| matches!(&*code, "42P05" | "26000"))
 }
 
 /// What to say when our own schema is missing or incomplete.

@@ -260,7 +260,10 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
 /// `ALTER TABLE` changed the columns under a prepared `select t.*`.
 fn is_stale_plan(error: &sqlx::Error) -> bool {
     const FEATURE_NOT_SUPPORTED: &str = "0A000";
-    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == FEATURE_NOT_SUPPORTED)
+    error
+        .as_database_error()
+        .and_then(sqlx::error::DatabaseError::code)
+        .is_some_and(|code| code == FEATURE_NOT_SUPPORTED)
 }
 
 fn int(part: KeyPart<'_>) -> i64 {

@@ -53,7 +53,7 @@ pg_test! {
                     db.run(setting).await;
                     db.run(&format!("delete from {table}")).await;
                     let told_again: Vec<_> = db.told_so_far().await.words.into_iter().collect();
-                    let expected = format!("public.{table}:{}", expected);
+                    let expected = format!("public.{table}:{expected}");
                     assert_eq!(told, [expected.as_str()], "{kind} {value} with {setting}");
                     assert_eq!(told_again, [expected.as_str()], "{kind} {value} with {setting}");
                     db.run("reset all").await;

@@ -1,6 +1,7 @@
 //! Tracking and untracking: what is refused, what goes wrong later and how it is noticed.
 
 use rowcache::install::{self, Level, TrackOptions};
+use std::fmt::Write as _;
 
 use crate::{Db, support::Version};
 
@@ -24,7 +25,7 @@ pg_test! {
             ("track('m')", "42809", "public.m is a materialized view, which cannot be tracked", "Track the tables it reads"),
             ("track('f')", "42809", "public.f is a foreign table, which cannot be tracked", "Track the tables it reads"),
             ("track('s')", "42809", "public.s is a sequence, which cannot be tracked", "Track the tables it reads"),
-            ("track('t_pkey')", "42809", "public.t_pkey is a index, which cannot be tracked", "Track the tables it reads"),
+            ("track('t_pkey')", "42809", "public.t_pkey is an index, which cannot be tracked", "Track the tables it reads"),
             ("track('far')", "42809", "public.far cannot be tracked: its part public.far1 is a foreign table", "Track the local parts"),
             ("track('temporary')", "42809", "temporary is a temporary table, which cannot be tracked", "Use a permanent table"),
             ("track('pg_class')", "42809", "pg_class is a system table, which cannot be tracked", "of your own"),
@@ -152,7 +153,7 @@ pg_test! {
             let db = Db::with_table(&test, level).await;
             let mut options = String::from("'public.t'");
             if !ignore.is_empty() {
-                options += &format!(", ignore => '{ignore}'");
+                write!(options, ", ignore => '{ignore}'").expect("a string takes all");
             }
             if level == "row" {
                 options += ", level => 'row'";

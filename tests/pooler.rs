@@ -1,0 +1,97 @@
+//! A real PgBouncer in transaction mode: LISTEN succeeds, and nothing ever arrives.
+
+#![cfg(feature = "cli")]
+
+#[macro_use]
+mod support;
+mod fixture;
+
+use std::{fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Stdio};
+
+use fixture::{hasty, users_db};
+use rowcache::Node;
+use tokio::process::{Child, Command};
+
+/// A pooler in transaction mode in front of the test's server, on a free port.
+struct Pooler {
+    port: u16,
+    _process: Child,
+    _directory: tempfile::TempDir,
+}
+
+impl Pooler {
+    /// `None`, said on stderr, where PgBouncer is not installed.
+    async fn start(db: &support::TestDb) -> Option<Self> {
+        if which::which("pgbouncer").is_err() {
+            assert!(std::env::var_os("ROWCACHE_TEST_REQUIRE_ALL").is_none(), "pgbouncer is not installed");
+            writeln!(std::io::stderr(), "SKIPPED: pgbouncer is not installed").expect("stderr is open");
+            return None;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        // PgBouncer refuses to run as root, and must read this as somebody else.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("set");
+        let port = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound").port();
+        let settings = format!(
+            "[databases]\n* = user=postgres host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+             auth_type = any\npool_mode = transaction\nunix_socket_dir =\nignore_startup_parameters = extra_float_digits\n",
+            db.port,
+        );
+        let file = directory.path().join("pgbouncer.ini");
+        fs::write(&file, settings).expect("written");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("set");
+        let mut command = Command::new("pgbouncer");
+        if nix::unistd::geteuid().is_root() {
+            command.args(["-u", "nobody"]);
+        }
+        let process =
+            command.arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).spawn().expect("starts");
+        support::eventually("the pooler accepts connections", async || {
+            tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+        })
+        .await;
+        Some(Self { port, _process: process, _directory: directory })
+    }
+
+    fn url(&self, db: &support::TestDb) -> String {
+        db.url.replace(&format!(":{}/", db.port), &format!(":{}/", self.port))
+    }
+}
+
+pg_test! {
+    async fn x23_a_listener_behind_a_transaction_pooler_is_refused_with_the_cure(test: Test) {
+        let db = users_db(test.version).await;
+        let Some(pooler) = Pooler::start(&db).await else { return };
+        let mut config = hasty(&db.url);
+        config.listener = hasty(&pooler.url(&db)).listener;
+        let error = Node::start(config).await.expect_err("nothing arrives");
+        assert!(error.is_pooler(), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains("transaction mode") && text.contains("direct connection"), "{text}");
+    }
+
+    // This PgBouncer is older than 1.21, and does not keep track of prepared statements.
+    async fn a_pool_behind_a_pooler_that_mixes_up_statements_is_told_so(test: Test) {
+        let db = users_db(test.version).await;
+        let Some(pooler) = Pooler::start(&db).await else { return };
+        let mut config = hasty(&db.url);
+        config.pool_connect = hasty(&pooler.url(&db)).pool_connect;
+        // Both are given the same connection by turns, and name their statements alike.
+        let mut outcomes = Vec::new();
+        for _ in 0..2 {
+            outcomes.push(match Node::start(config.clone()).await {
+                Ok(node) => async { users_of(&node).await?.get(&1).await.map(drop) }.await,
+                Err(error) => Err(error),
+            });
+        }
+        let errors: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
+        assert!(!errors.is_empty());
+        for error in errors {
+            let text = error.to_string();
+            assert!(text.contains("prepared statements") && text.contains("PgBouncer 1.21"), "{error:?}");
+        }
+    }
+}
+
+async fn users_of(node: &Node) -> rowcache::Result<fixture::Users> {
+    node.table("public.users").await
+}
