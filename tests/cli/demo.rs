@@ -73,11 +73,18 @@ async fn port(demo: &mut Running) -> String {
 /// One line that sums up, with checks made and nothing wrong.
 #[track_caller]
 fn assert_summary(ended: &Ended) {
+    assert_nothing_wrong(ended);
+    assert!(!ended.out.contains("; 0 entries compared"), "{ended:#?}");
+}
+
+/// The same, but the nodes may just have forgotten everything.
+#[track_caller]
+fn assert_nothing_wrong(ended: &Ended) {
     assert_eq!(ended.code, Some(0), "{ended:#?}");
     let summary = ended.out.lines().last().expect("a last line");
     assert!(summary.starts_with("3 nodes, "), "{ended:#?}");
     assert!(summary.contains(" reads checked, 0 stale") && summary.ends_with(", 0 differ"), "{ended:#?}");
-    assert!(!summary.contains("; 0 reads checked") && !summary.contains("; 0 entries"), "{ended:#?}");
+    assert!(!summary.contains("; 0 reads checked"), "{ended:#?}");
     assert_eq!(ended.out.matches("compared with the table").count(), 1, "{ended:#?}");
     assert!(!ended.err.contains("error"), "{ended:#?}");
 }
@@ -143,7 +150,8 @@ pg_test! {
         }
         demo.line_with(&["3/3 nodes coherent"]).await;
         let ended = demo.interrupt().await;
-        assert_summary(&ended);
+        // After the TRUNCATE the table's file is another one: its triggers are verified, and entries forgotten again.
+        assert_nothing_wrong(&ended);
         home.assert_nothing_left(Some(&port));
     }
 
@@ -196,6 +204,6 @@ pg_test! {
         assert_eq!(psql(&db, &[all]).await, "t\n");
         demo.line_with(&["3/3 nodes coherent"]).await;
         while demo.line_with(&["nodes coherent"]).await.contains(" 0 reads checked") {}
-        assert_summary(&demo.interrupt().await);
+        assert_nothing_wrong(&demo.interrupt().await);
     }
 }

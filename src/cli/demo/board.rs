@@ -10,7 +10,10 @@ use std::{
 };
 
 use super::{checker::Findings, nodes::DemoNode, world::TABLE, writers::YOURS};
-use crate::{Change, Key as _, RowKey, Rows, Stats, Status, cli::text};
+use crate::{
+    Change, Key as _, RowKey, Rows, Stats, Status,
+    cli::{report::with_causes, text},
+};
 
 /// Latencies count for this long, and are at most this many per node.
 const WINDOW: Duration = Duration::from_mins(1);
@@ -29,6 +32,8 @@ pub(super) struct Board {
     /// Statements of the writers that changed rows, and those that were refused.
     pub(super) commits: AtomicU64,
     pub(super) refused: AtomicU64,
+    /// Protects what a writer said when it could not go on; `None`: they all can.
+    trouble: Mutex<Option<String>>,
     /// Protects what the followers have seen.
     seen: Mutex<Seen>,
 }
@@ -126,6 +131,7 @@ impl Board {
             findings: Arc::default(),
             commits: AtomicU64::default(),
             refused: AtomicU64::default(),
+            trouble: Mutex::default(),
             seen: Mutex::new(seen),
         })
     }
@@ -224,6 +230,23 @@ impl Board {
         Latency::of(seen.latencies.iter().flatten().map(|(_, latency)| *latency).collect())
     }
 
+    /// A writer has committed something.
+    pub(super) fn add_commit(&self) {
+        if self.commits.fetch_add(1, Relaxed).is_multiple_of(16) {
+            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
+    /// A writer cannot go on, and tries again.
+    pub(super) fn add_trouble(&self, error: &anyhow::Error) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(with_causes(error));
+    }
+
+    /// What keeps the writers, if anything does.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// `12,345 reads checked, 0 stale`.
     pub(super) fn checks(&self) -> String {
         let (checked, stale) = (self.findings.checked.load(Relaxed), self.findings.stale.load(Relaxed));
@@ -249,7 +272,7 @@ impl Latency {
 
 /// `p50 0.42 ms, p99 1.30 ms, max 7.00 ms`.
 pub(super) fn latency_text(latency: Option<Latency>) -> String {
-    let Some(latency) = latency else { return "latency unknown (track_commit_timestamp is off)".to_owned() };
+    let Some(latency) = latency else { return "commit latency unknown".to_owned() };
     let ms = |latency| text::millis(Some(latency));
     format!("p50 {} ms, p99 {} ms, max {} ms", ms(latency.p50), ms(latency.p99), ms(latency.max))
 }

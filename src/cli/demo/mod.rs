@@ -53,7 +53,10 @@ Without a database URL it starts a throw-away PostgreSQL (one that is installed,
 removes it at the end. In a database that you name it makes the schema rowcache_demo, runs the
 migrations, and several demos can run at a time; the last one drops the schema again (not with
 --keep). Exit status 0: no node returned a row older than a change it had applied, and at the end
-every node held what the table held. 1: one did, or nothing could be checked.";
+every node held what the table held. 1: one did, or nothing could be checked.
+
+Latencies, from the commit to the moment when the row is evicted, are known where the server has
+`track_commit_timestamp = on`, as the throw-away one does.";
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -182,8 +185,8 @@ fn invite(world: &World, means: &Means, options: &Options) -> Result<Invitation>
     let psql = if exported { "psql \"$DATABASE_URL\"".to_owned() } else { format!("psql '{url}'") };
     let rate = options.writes_per_second;
     let writers = match &means.psql {
-        Some(_) => format!("{WRITERS} psql processes, {rate} statements a second"),
-        None => format!("{WRITERS} plain connections (there is no psql here), {rate} statements a second"),
+        Some(_) => format!("{WRITERS} psql processes, {rate} a second"),
+        None => format!("{WRITERS} plain connections (there is no psql here), {rate} a second"),
     };
     Ok(Invitation { psql, table: world.table_in_psql, rows: world.rows, writers })
 }
@@ -213,7 +216,8 @@ fn sum_up(board: &Board, nodes: &[Arc<DemoNode>], compared: &Comparison) -> Resu
         bail!("{differs}");
     }
     if checked == 0 {
-        bail!("nothing was checked: no row was read after a change; run it for longer");
+        let why = board.trouble().unwrap_or_else(|| "run it for longer".to_owned());
+        bail!("nothing was checked, as no row was read after a change: {why}");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -30,6 +30,7 @@ pub(super) async fn show(board: &Board, nodes: &[Arc<DemoNode>], invitation: &In
     for line in invitation.lines() {
         writeln!(stdout(), "{line}")?;
     }
+    writeln!(stdout(), "writers: {}", invitation.writers)?;
     let mut ticks = interval(Duration::from_secs(1));
     let mut next = 0;
     ticks.tick().await;
@@ -49,6 +50,9 @@ pub(super) async fn show(board: &Board, nodes: &[Arc<DemoNode>], invitation: &In
         }
         if more > 0 {
             writeln!(out, "              … and {more} more commits")?;
+        }
+        if let Some(trouble) = board.trouble() {
+            writeln!(out, "              {trouble}")?;
         }
         writeln!(out, "{}", status_line(board, &board.nodes(nodes)))?;
     }

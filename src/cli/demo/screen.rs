@@ -136,8 +136,14 @@ impl View<'_> {
         let (for_you, for_all): (Vec<_>, Vec<_>) = self.commits.iter().rev().partition(|commit| commit.yours);
         self.draw_commits(frame, yours, " your changes to the table, newest first ", &for_you);
         self.draw_commits(frame, others, " the writers' changes to the table ", &for_all);
-        let foot_text = format!("q leaves   writers: {}", self.invitation.writers);
-        frame.render_widget(Paragraph::new(foot_text).dim(), foot);
+        let foot_text = match self.board.trouble() {
+            Some(trouble) => Line::from(format!("q leaves   {trouble}")).red(),
+            None => {
+                let commits = number(self.board.commits.load(Relaxed));
+                Line::from(format!("q leaves   writers: {}, {commits} commits", self.invitation.writers)).dim()
+            }
+        };
+        frame.render_widget(foot_text, foot);
     }
 
     fn title(&self) -> Paragraph<'_> {

@@ -69,7 +69,7 @@ pub(super) async fn write(
         tokio::select! {
             ended = writer.run(&means, every, &board, stop.clone()) => match ended {
                 Ok(()) => return,
-                Err(error) => tracing::warn!("a writer lost its connection: {error:#}"),
+                Err(error) => board.add_trouble(&error.context("a writer tries again")),
             },
             // A statement that waits for a lock is not waited for: its connection is closed.
             () = stopped_for(&mut stop, PAUSE) => return,
@@ -112,9 +112,7 @@ impl Writer {
             match session.execute(&sql).await? {
                 // Somebody has deleted it, or emptied the table: it is put back next.
                 Some(0) => self.deleted.extend(key),
-                Some(_) => {
-                    board.commits.fetch_add(1, Relaxed);
-                }
+                Some(_) => board.add_commit(),
                 // Refused: a lock, or a row that another writer was faster with.
                 None => {
                     board.refused.fetch_add(1, Relaxed);
