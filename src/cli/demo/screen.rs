@@ -136,13 +136,10 @@ impl View<'_> {
         let (for_you, for_all): (Vec<_>, Vec<_>) = self.commits.iter().rev().partition(|commit| commit.yours);
         self.draw_commits(frame, yours, " your changes to the table, newest first ", &for_you);
         self.draw_commits(frame, others, " the writers' changes to the table ", &for_all);
-        let foot_text = match self.board.trouble() {
-            Some(trouble) => Line::from(format!("q leaves   {trouble}")).red(),
-            None => {
-                let commits = number(self.board.commits.load(Relaxed));
-                Line::from(format!("q leaves   writers: {}, {commits} commits", self.invitation.writers)).dim()
-            }
-        };
+        let commits = number(self.board.commits.load(Relaxed));
+        let writers = || format!("q leaves   writers: {}, {commits} commits", self.invitation.writers);
+        let trouble = self.board.trouble().map(|trouble| Line::from(format!("q leaves   {trouble}")).red());
+        let foot_text = trouble.unwrap_or_else(|| Line::from(writers()).dim());
         frame.render_widget(foot_text, foot);
     }
 
