@@ -1,5 +1,210 @@
-//! What only the `rowcache` program and this crate's own tests need.
+//! The command line: what `rowcache --help` shows, and who does what was asked.
+//!
+//! Apart from the throw-away server for the demo, the commands use only what every user of the crate can use.
 
 mod account;
+mod commit_time;
+mod connect;
+mod database;
+mod demo;
+pub mod logs;
 mod programs;
+mod report;
+mod signals;
 pub mod temp_server;
+mod text;
+mod watch;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
+
+pub use report::report;
+
+use crate::install::{Level, TrackOptions};
+
+const STEPS: &str = "\
+Three steps, on a database of yours:
+  export DATABASE_URL=postgres://app@localhost/app
+  rowcache migrate up              creates schema `rowcache` (tables of yours are not touched)
+  rowcache track public.users      puts triggers on a table
+  rowcache watch                   shows every change as it reaches the nodes
+
+No database at hand? `rowcache demo` brings its own.";
+
+/// Postgres rows, cached inside your service's own process and never silently stale.
+#[derive(Parser)]
+#[command(version, after_help = STEPS, disable_help_subcommand = true)]
+pub struct Cli {
+    /// The database: `postgres://user:password@host:5432/database`.
+    // The value can hold a password, so help must not show it.
+    #[arg(long, env = "DATABASE_URL", value_name = "URL", global = true, hide_env_values = true)]
+    database_url: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Creates, shows or removes the database objects of rowcache (schema `rowcache`).
+    #[command(subcommand, after_help = "Example:\n  rowcache migrate up")]
+    Migrate(Migrate),
+    /// Puts triggers on tables, so that every change of a row reaches all nodes. Again with other options: replaces them.
+    #[command(
+        after_help = "Examples:\n  rowcache track public.users\n  rowcache track public.members --key org_id,user_id\n  \
+                      rowcache track public.sessions --ignore last_seen_at"
+    )]
+    Track(Track),
+    /// Takes the triggers off tables.
+    #[command(after_help = "Example:\n  rowcache untrack public.users")]
+    Untrack {
+        /// As in a query: `users`, or `public.users`.
+        #[arg(required = true, value_name = "TABLE")]
+        tables: Vec<String>,
+    },
+    /// Lists the tracked tables, and what is wrong with their triggers.
+    #[command(
+        after_help = "Examples:\n  rowcache tracked\n  rowcache tracked --json | jq '.[] | select(.problems != [])'"
+    )]
+    Tracked {
+        /// As one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows changes live, one line each: when, table, keys, the writer's transaction, and how long after the commit
+    /// this process knew.
+    #[command(after_help = WATCH)]
+    Watch {
+        /// Only these tables. Default: all.
+        #[arg(value_name = "TABLE")]
+        tables: Vec<String>,
+        /// One JSON object per line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows it at work: a throw-away database, psql processes that write, nodes that read, and a check of every promise.
+    #[command(after_help = demo::HELP)]
+    Demo(demo::Options),
+}
+
+const WATCH: &str = "\
+Examples:
+  rowcache watch
+  rowcache watch users public.orders
+  rowcache watch --json | jq -c 'select(.event == \"change\") | .keys'
+
+The time from commit to here is known if the server has `track_commit_timestamp = on`; otherwise it is `-`.
+When the connection is lost, and when it is back, that is a line of its own. Ctrl-C ends.";
+
+#[derive(Subcommand)]
+enum Migrate {
+    /// Runs the migrations that have not been run. Locks nothing of yours.
+    Up,
+    /// Takes back the last migrations. Below 2, every table is untracked.
+    Down {
+        /// How many.
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+        steps: u16,
+    },
+    /// Shows which migrations have been run.
+    Status,
+    /// Prints the SQL, for your own migration tool. Needs no database.
+    #[command(after_help = "Example:\n  rowcache migrate print > migrations/0042_rowcache.sql")]
+    Print {
+        /// Only this migration.
+        #[arg(long, value_name = "N")]
+        version: Option<i64>,
+        /// What takes it back, last first.
+        #[arg(long)]
+        down: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct Track {
+    /// As in a query: `users`, or `public.users`.
+    #[arg(required = true, value_name = "TABLE")]
+    tables: Vec<String>,
+    /// The columns that name a row. Default: the primary key.
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',')]
+    key: Option<Vec<String>>,
+    /// Further columns to send, for caches that depend on them.
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',')]
+    columns: Vec<String>,
+    /// An UPDATE that changes nothing but these is not sent.
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',')]
+    ignore: Vec<String>,
+    /// A statement that changes more rows counts as a change of the whole table.
+    #[arg(long, value_name = "N", default_value_t = TrackOptions::default().max_keys)]
+    max_keys: u32,
+    /// Which triggers: `auto` takes statement triggers where they see every write.
+    #[arg(long, value_enum, default_value_t = LevelArg::Auto)]
+    level: LevelArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LevelArg {
+    Auto,
+    Statement,
+    Row,
+}
+
+impl Track {
+    fn options(&self) -> TrackOptions {
+        TrackOptions {
+            key: self.key.clone(),
+            columns: self.columns.clone(),
+            ignore: self.ignore.clone(),
+            max_keys: self.max_keys,
+            level: match self.level {
+                LevelArg::Auto => Level::Auto,
+                LevelArg::Statement => Level::Statement,
+                LevelArg::Row => Level::Row,
+            },
+        }
+    }
+}
+
+impl Cli {
+    /// What is logged unless `RUST_LOG` says otherwise. Commands that show what happens to a node do not need the
+    /// library's warnings about it as well.
+    #[must_use]
+    pub fn log_level(&self) -> &'static str {
+        match self.command {
+            Command::Watch { .. } | Command::Demo(_) => "error",
+            _ => "warn",
+        }
+    }
+
+    /// Does what was asked. A missing database URL ends the process: it is a usage error.
+    ///
+    /// # Errors
+    ///
+    /// Whatever was in the way; [`report`] says it to the user.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it stops and removes whatever was started.
+    pub async fn run(self) -> Result<ExitCode> {
+        match &self.command {
+            Command::Migrate(Migrate::Print { version, down }) => database::print(*version, *down)?,
+            Command::Migrate(Migrate::Up) => database::up(self.url()).await?,
+            Command::Migrate(Migrate::Down { steps }) => database::down(self.url(), (*steps).into()).await?,
+            Command::Migrate(Migrate::Status) => database::status(self.url()).await?,
+            Command::Track(track) => database::track(self.url(), &track.tables, &track.options()).await?,
+            Command::Untrack { tables } => database::untrack(self.url(), tables).await?,
+            Command::Tracked { json } => database::tracked(self.url(), *json).await?,
+            Command::Watch { tables, json } => watch::watch(self.url(), tables, *json).await?,
+            Command::Demo(options) => return demo::demo(self.database_url.as_deref(), options).await,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn url(&self) -> &str {
+        self.database_url.as_deref().unwrap_or_else(|| {
+            let missing = "no database: give --database-url postgres://user@host/database, or set DATABASE_URL";
+            Self::command().error(ErrorKind::MissingRequiredArgument, missing).exit()
+        })
+    }
+}

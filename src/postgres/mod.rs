@@ -71,8 +71,10 @@ fn is_foreign_statement(error: &sqlx::Error) -> bool {
 
 /// What to say when our own schema is missing or incomplete.
 pub(crate) fn schema_hint(error: &sqlx::Error) -> Option<Error> {
-    let code = error.as_database_error()?.code()?;
-    is_missing(&code).then(schema_too_old)
+    let error = error.as_database_error()?;
+    // The statement may also have named something of the user's. Messages name it in every language.
+    let ours = ["rowcache.", "\"rowcache\""].iter().any(|name| error.message().contains(name));
+    (ours && is_missing(&error.code()?)).then(schema_too_old)
 }
 
 /// `3F000` no such schema, `42883` no such function, `42P01` no such table.

@@ -1,0 +1,13 @@
+//! The `rowcache` program as its users meet it: the real binary, a real Postgres, and what is printed line by line.
+
+#[macro_use]
+mod support;
+
+#[path = "cli/commands.rs"]
+mod commands;
+#[path = "cli/demo.rs"]
+mod demo;
+#[path = "cli/program.rs"]
+mod program;
+#[path = "cli/watch.rs"]
+mod watch;
