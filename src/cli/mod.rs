@@ -37,9 +37,9 @@ No database at hand? `rowcache demo` brings its own.";
 #[derive(Parser)]
 #[command(version, after_help = STEPS, disable_help_subcommand = true)]
 pub struct Cli {
-    /// The database: `postgres://user:password@host:5432/database`.
-    // The value can hold a password, so help must not show it.
-    #[arg(long, env = "DATABASE_URL", value_name = "URL", global = true, hide_env_values = true)]
+    /// The database: `postgres://user:password@host:5432/database`. Default: the environment's `DATABASE_URL`, except for
+    /// `demo`, which writes to a database only if it is told to here.
+    #[arg(long, value_name = "URL", global = true)]
     database_url: Option<String>,
     #[command(subcommand)]
     command: Command,
@@ -189,20 +189,20 @@ impl Cli {
     pub async fn run(self) -> Result<ExitCode> {
         match &self.command {
             Command::Migrate(Migrate::Print { version, down }) => database::print(*version, *down)?,
-            Command::Migrate(Migrate::Up) => database::up(self.url()).await?,
-            Command::Migrate(Migrate::Down { steps }) => database::down(self.url(), (*steps).into()).await?,
-            Command::Migrate(Migrate::Status) => database::status(self.url()).await?,
-            Command::Track(track) => database::track(self.url(), &track.tables, &track.options()).await?,
-            Command::Untrack { tables } => database::untrack(self.url(), tables).await?,
-            Command::Tracked { json } => database::tracked(self.url(), *json).await?,
-            Command::Watch { tables, json } => watch::watch(self.url(), tables, *json).await?,
+            Command::Migrate(Migrate::Up) => database::up(&self.url()).await?,
+            Command::Migrate(Migrate::Down { steps }) => database::down(&self.url(), (*steps).into()).await?,
+            Command::Migrate(Migrate::Status) => database::status(&self.url()).await?,
+            Command::Track(track) => database::track(&self.url(), &track.tables, &track.options()).await?,
+            Command::Untrack { tables } => database::untrack(&self.url(), tables).await?,
+            Command::Tracked { json } => database::tracked(&self.url(), *json).await?,
+            Command::Watch { tables, json } => watch::watch(&self.url(), tables, *json).await?,
             Command::Demo(options) => return demo::demo(self.database_url.as_deref(), options).await,
         }
         Ok(ExitCode::SUCCESS)
     }
 
-    fn url(&self) -> &str {
-        self.database_url.as_deref().unwrap_or_else(|| {
+    fn url(&self) -> String {
+        self.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok()).unwrap_or_else(|| {
             let missing = "no database: give --database-url postgres://user@host/database, or set DATABASE_URL";
             Self::command().error(ErrorKind::MissingRequiredArgument, missing).exit()
         })

@@ -49,14 +49,13 @@ async fn follow(url: &str, tables: &[String], json: bool) -> Result<()> {
     let tracked = crate::install::tracked(&pool).await?;
     let mut names: Vec<String> = tracked.into_iter().map(|table| table.relation).collect();
     names.retain(|name| tables.is_empty() || tables.contains(name));
-    pool.close().await;
 
     let mut config = Config::from_url(url)?;
     config.pool = config.pool.max_connections(2);
     let node = Node::start(config).await?;
     let (sender, mut received) = mpsc::channel(WAITING_MAX);
     tokio::spawn(receive(node.subscribe(), sender));
-    let mut commits = CommitTimes::new(node.pool().clone());
+    let mut commits = CommitTimes::new(pool);
     let mut printer = Printer { json, name_width: names.iter().map(|name| name.chars().count()).max().unwrap_or(0) };
     printer.watching(&names)?;
 
