@@ -24,7 +24,12 @@ pub fn rowcache(args: &[&str]) -> Command {
 /// The program against this database.
 pub fn rowcache_on(url: &str, args: &[&str]) -> Command {
     let mut command = rowcache(args);
-    command.env("DATABASE_URL", url);
+    if args.first() == Some(&"demo") {
+        // It writes, and does so only where it is told to by name.
+        command.args(["--database-url", url]);
+    } else {
+        command.env("DATABASE_URL", url);
+    }
     command
 }
 
