@@ -52,8 +52,6 @@ async fn gate() -> ExitCode {
     fill(&url).await;
     let bare = count("bare", &url);
     println!("{:<28} {bare:>6.1} instructions per read", "bare quick_cache get");
-    let inlined = count("inlined", &url);
-    println!("{:<28} {inlined:>6.1} instructions per read", "the same, inlined in the loop");
     let mut exceeded = false;
     for (variant, budget) in BUDGETS {
         let ours = count(variant, &url);
@@ -94,7 +92,6 @@ async fn run(variant: &str, url: &str) -> ExitCode {
     let keys: Vec<i64> = (0..READS).map(|_| zipf.sample(&mut random) as i64).collect();
     let hits = match variant {
         "bare" => measured_bare(&bare, &keys),
-        "inlined" => measured_inlined(&bare, &keys),
         "try_get" => measured_try_get(&users, &keys),
         "get" => measured_get(&users, &keys),
         other => panic!("no variant {other}"),
@@ -136,11 +133,6 @@ fn bare_get(cache: &Cache<i64, Arc<User>>, key: i64) -> Option<Arc<User>> {
 #[inline(never)]
 fn measured_bare(cache: &Cache<i64, Arc<User>>, keys: &[i64]) -> usize {
     keys.iter().filter(|key| black_box(bare_get(cache, **key)).is_some()).count()
-}
-
-#[inline(never)]
-fn measured_inlined(cache: &Cache<i64, Arc<User>>, keys: &[i64]) -> usize {
-    keys.iter().filter(|key| black_box(cache.get(*key)).is_some()).count()
 }
 
 #[inline(never)]

@@ -30,8 +30,10 @@ use crate::{
 pub struct Config {
     /// Where the pool connects to.
     pub pool_connect: PgConnectOptions,
-    /// The pool's size and time limits. Loads use at most [`loads_max`](Self::loads_max) of its connections at
-    /// a time; the rest are yours, through [`Node::pool`](crate::Node::pool).
+    /// The pool's size and time limits. The pool is the node's own, and nobody else's code runs on its connections:
+    /// one that was left inside a transaction could load from an old snapshot, and nothing would tell. Default: at
+    /// most 5 connections, [`loads_max`](Self::loads_max) and one for notifications, none of them held while idle for
+    /// long.
     pub pool: PgPoolOptions,
     /// Where the LISTEN connection, and a second one that sends fences, connect to.
     pub listener: tokio_postgres::Config,
@@ -57,11 +59,13 @@ pub struct Config {
     pub loads_max: usize,
     /// Keys in one statement. At least 1. Default 512: throughput hardly grows beyond.
     pub load_keys_max: usize,
-    /// A load, with its wait for a free connection of the pool, fails after this long. Default 5 s.
+    /// A load, with its wait for a connection of the pool, fails after this long. A call can take longer: it may wait for
+    /// a turn among [`loads_max`](Self::loads_max) first, or for a load of its key that a change overtook. While Postgres
+    /// refuses connections, the pool tries again for all of this time. Default 5 s.
     pub load_timeout: Duration,
 
-    /// Messages received and not yet applied, in bytes. Beyond this, everything is forgotten instead.
-    /// Default 64 MiB.
+    /// Messages received and not yet taken by the applier, in bytes; it takes all that there are at a time, so twice this
+    /// can be in memory. Beyond it, everything is forgotten instead. Default 64 MiB.
     pub inbox_bytes_max: usize,
     /// Events that a slow [subscriber](crate::Node::subscribe) may be behind before it loses some.
     /// Default 4096.
@@ -99,7 +103,7 @@ impl Config {
             beat_timeout: Duration::from_secs(3),
             lease: Duration::from_secs(5),
             fence_spacing: Duration::from_millis(5),
-            loads_max: 4,
+            loads_max: LOADS_MAX as usize,
             load_keys_max: 512,
             load_timeout: Duration::from_secs(5),
             inbox_bytes_max: 64 << 20,
@@ -148,12 +152,14 @@ impl fmt::Debug for Config {
     }
 }
 
+const LOADS_MAX: u32 = 4;
+
 /// Connections that were idle for longer than this are tried before they are used. Others are not: it would
 /// double the time of a load, and a load that meets a dead connection takes another one.
 const IDLE_UNTRIED: Duration = Duration::from_secs(1);
 
 fn default_pool() -> PgPoolOptions {
-    PgPoolOptions::new().test_before_acquire(false).before_acquire(|connection, meta| {
+    PgPoolOptions::new().max_connections(LOADS_MAX + 1).test_before_acquire(false).before_acquire(|connection, meta| {
         Box::pin(async move {
             if meta.idle_for > IDLE_UNTRIED {
                 sqlx::Connection::ping(connection).await?;

@@ -47,7 +47,8 @@ impl Node {
     ///   servers;
     /// * [`is_unavailable`](Error::is_unavailable), [`is_timeout`](Error::is_timeout): Postgres cannot be
     ///   reached;
-    /// * [`is_schema_too_old`](Error::is_schema_too_old): the migrations have not been run;
+    /// * [`is_schema_too_old`](Error::is_schema_too_old), [`is_schema_too_new`](Error::is_schema_too_new): the migrations
+    ///   have not been run, or those of a later release;
     /// * [`is_pooler`](Error::is_pooler): notifications do not reach the listener;
     /// * [`is_standby`](Error::is_standby): the listener is on a standby.
     ///
@@ -81,7 +82,8 @@ impl Node {
     /// # Errors
     ///
     /// * [`is_not_tracked`](Error::is_not_tracked): the table's triggers are missing or damaged;
-    /// * [`is_table`](Error::is_table): there is no such table, it has no primary key, or `K` does not fit it.
+    /// * [`is_table`](Error::is_table): there is no such table, it has no primary key, or `K` does not fit it;
+    /// * those of a statement, as of [`Table::get`].
     ///
     /// # Cancel safety
     ///
@@ -115,7 +117,7 @@ impl Node {
     /// Returns when everything that was committed before this call has been applied on this node.
     ///
     /// Callers who wait at the same time share a fence. What it costs the server: one transaction without a
-    /// disk flush.
+    /// disk flush. It takes at most two [`Config::beat_timeout`]s: for a fence that is under way, and for its own.
     ///
     /// # Errors
     ///
@@ -142,7 +144,8 @@ impl Node {
         self.0.shared.subscribe()
     }
 
-    /// Stops every task, closes every connection (the pool's too), and returns when that is done. Reads of its
+    /// Stops every task, closes every connection, and returns when that is done: at the latest after the loads that are
+    /// under way. Reads of its
     /// tables fail from then on.
     ///
     /// # Cancel safety

@@ -94,14 +94,14 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// Once this node has applied the notification of a commit, a call that starts later does not return data
     /// from before it; nor does it return data older than an earlier call for this key returned. While the node
-    /// is not coherent, every call reads Postgres (callers who ask at the same time share a statement), and
-    /// nothing is kept.
+    /// is not coherent, every call reads Postgres, or waits for a load of the key that is under way, and nothing is kept.
     ///
     /// # Errors
     ///
-    /// Those of the load, which go to everybody who joined it, and are not cached:
-    /// [`is_timeout`](Error::is_timeout), [`is_unavailable`](Error::is_unavailable),
-    /// [`is_decode`](Error::is_decode), [`is_closed`](Error::is_closed).
+    /// Those of the load, which go to everybody who waited for it, and are not cached:
+    /// [`is_timeout`](Error::is_timeout), [`is_unavailable`](Error::is_unavailable), [`is_decode`](Error::is_decode),
+    /// [`is_refused`](Error::is_refused), [`is_table`](Error::is_table) (the table is gone),
+    /// [`is_pooler`](Error::is_pooler), [`is_closed`](Error::is_closed).
     ///
     /// # Cancel safety
     ///
@@ -165,7 +165,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// # Errors
     ///
-    /// When the notification could not be sent. This node has forgotten the row all the same.
+    /// When the notification could not be sent: [`is_unavailable`](Error::is_unavailable),
+    /// [`is_timeout`](Error::is_timeout), [`is_closed`](Error::is_closed). This node has forgotten the row all the same.
     ///
     /// # Cancel safety
     ///
@@ -182,7 +183,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// # Errors
     ///
-    /// When the notification could not be sent. This node has forgotten the rows all the same.
+    /// When the notification could not be sent: [`is_unavailable`](Error::is_unavailable),
+    /// [`is_timeout`](Error::is_timeout), [`is_closed`](Error::is_closed). This node has forgotten the rows all the same.
     ///
     /// # Cancel safety
     ///

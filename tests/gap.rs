@@ -7,7 +7,13 @@
 mod support;
 mod fixture;
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db};
 use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
@@ -464,6 +470,29 @@ pg_test! {
         });
         let error = Node::start(config).await.expect_err("the probe is never committed");
         assert!(error.is_pooler() || error.is_unavailable(), "{error:?}");
+    }
+
+    async fn x14_uncommitted_rows_of_a_later_transaction_are_not_cached_either(test: Test) {
+        let db = users_db(test.version).await;
+        let dirty = Arc::new(AtomicBool::new(false));
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        let switch = Arc::clone(&dirty);
+        config.pool = config.pool.before_acquire(move |connection, _| {
+            let dirty = switch.load(Ordering::Relaxed);
+            Box::pin(async move {
+                if dirty {
+                    let dirt = "begin; update public.users set name = 'uncommitted' where id = 1";
+                    sqlx::raw_sql(dirt).execute(connection).await?;
+                }
+                Ok(true)
+            })
+        });
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        dirty.store(true, Ordering::Relaxed);
+        assert_eq!(name(&users, 1).await.as_deref(), Some("uncommitted"), "what its connection sees");
+        assert!(!users.peek(&1).is_known(), "but it may be rolled back");
+        assert_eq!(users.stats().uncached, 1);
     }
 
     async fn a_listener_on_a_standby_is_refused(test: Test) {
