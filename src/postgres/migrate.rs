@@ -142,6 +142,17 @@ pub fn print() -> Vec<File> {
 async fn named<T>(doing: &str, work: impl Future<Output = Result<T, MigrateError>>) -> Result<T> {
     work.await.map_err(|error| match error {
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => refusal(doing, error),
+        MigrateError::VersionMismatch(version) => Error::new(
+            Kind::Migrate,
+            format!(
+                "migration {version} of schema rowcache was run from a file with other contents than this release has; \
+                 take it back with the release that ran it, then: rowcache migrate up"
+            ),
+        ),
+        MigrateError::VersionMissing(version) => Error::new(
+            Kind::SchemaTooNew,
+            format!("this database has migration {version} of schema rowcache, which this release does not know; use a newer one"),
+        ),
         error => Error::with(Kind::Migrate, format!("{doing} failed"), error),
     })
 }

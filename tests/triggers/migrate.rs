@@ -126,7 +126,7 @@ pg_test! {
         sqlx::query("update rowcache.migrations set checksum = '\\x00' where version = 1").execute(&pool).await.expect("update");
         assert!(migrate::status(&pool).await.expect("status")[0].altered);
         let error = migrate::up(&pool).await.expect_err("another checksum").to_string();
-        assert!(error.contains("migration 1 was previously applied but has been modified"), "{error}");
+        assert!(error.contains("migration 1") && error.contains("other contents"), "{error}");
         migrate::up(&pool).await.expect_err("and it does not hang");
         migrate::down(&pool, 100).await.expect("down");
     }
