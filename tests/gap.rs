@@ -16,6 +16,7 @@ use std::{
 };
 
 use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db};
+use rowcache::cli::temp_server::{Stop, TempServer};
 use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
 use support::{
     eventually,
@@ -31,6 +32,20 @@ const KILL_ALL: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
 
 const LOST: &str = "LISTEN connection was lost";
 const AGAIN: &str = "cannot restore the LISTEN connection";
+
+/// Two servers with a database of the same name and the same users, as a failover would leave them.
+async fn twins(version: support::Version) -> ([TempServer; 2], support::TestDb, support::TestDb) {
+    let (one, other) = (support::server(version, &[]).await, support::server(version, &[]).await);
+    let db = support::database_on(&one, version).await;
+    let create = format!("create database {}", db.name);
+    support::connect(&other.admin_url()).await.batch_execute(&create).await.expect("created");
+    let twin = support::TestDb { url: other.url(&db.name), port: other.port(), ..db.clone() };
+    for db in [&db, &twin] {
+        fixture::migrate(db).await;
+        db.execute(fixture::USERS).await;
+    }
+    ([one, other], db, twin)
+}
 
 pg_test! {
     // sqlx `recv`, eventstore #309, shamichan #1095: what was sent while the listener was away was lost, and
@@ -122,7 +137,7 @@ pg_test! {
         let users = users(&node).await;
         name(&users, 1).await;
         let mut events = node.subscribe();
-        server.stop(rowcache::cli::temp_server::Stop::Fast).await.expect("stops");
+        server.stop(Stop::Fast).await.expect("stops");
         event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
         let error = users.get(&1).await.expect_err("nobody can answer");
         assert!(error.is_unavailable() || error.is_timeout(), "{error:?}");
@@ -148,7 +163,7 @@ pg_test! {
         node.barrier().await.expect("coherent");
         name(&users, 1).await;
         let mut events = node.subscribe();
-        server.stop(rowcache::cli::temp_server::Stop::Immediate).await.expect("crashes");
+        server.stop(Stop::Immediate).await.expect("crashes");
         server.start().await.expect("recovers");
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         let now = sqlx::query_scalar::<_, String>("select name from public.users where id = 1")
@@ -162,14 +177,7 @@ pg_test! {
     async fn x6_rows_of_another_server_are_not_cached_and_raise_the_alarm(test: Test) {
         test.logs.allow("another server than the LISTEN connection");
         test.logs.allow(AGAIN);
-        let (one, other) = (support::server(test.version, &[]).await, support::server(test.version, &[]).await);
-        let db = support::database_on(&one, test.version).await;
-        support::connect(&other.admin_url()).await.batch_execute(&format!("create database {}", db.name)).await.expect("ok");
-        let twin = support::TestDb { url: other.url(&db.name), port: other.port(), ..db.clone() };
-        for db in [&db, &twin] {
-            fixture::migrate(db).await;
-            db.execute(fixture::USERS).await;
-        }
+        let (_servers, db, twin) = twins(test.version).await;
         twin.execute("update public.users set name = 'of the other server'").await;
         let proxy = Proxy::start(db.port).await;
         let mut config = hasty(&proxy.url(&db.url));
@@ -203,14 +211,7 @@ pg_test! {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
         test.logs.allow("another server than the LISTEN connection");
-        let (old, new) = (support::server(test.version, &[]).await, support::server(test.version, &[]).await);
-        let db = support::database_on(&old, test.version).await;
-        support::connect(&new.admin_url()).await.batch_execute(&format!("create database {}", db.name)).await.expect("ok");
-        let promoted = support::TestDb { url: new.url(&db.name), port: new.port(), ..db.clone() };
-        for db in [&db, &promoted] {
-            fixture::migrate(db).await;
-            db.execute(fixture::USERS).await;
-        }
+        let (_servers, db, promoted) = twins(test.version).await;
         promoted.execute("update public.users set name = 'on the new primary'").await;
         let (to_pool, to_listener) = (Proxy::start(db.port).await, Proxy::start(db.port).await);
         let mut config = hasty(&to_pool.url(&db.url));
@@ -499,7 +500,7 @@ pg_test! {
         let mut server = support::server(test.version, &[]).await;
         let db = support::database_on(&server, test.version).await;
         fixture::migrate(&db).await;
-        server.stop(rowcache::cli::temp_server::Stop::Fast).await.expect("stops");
+        server.stop(Stop::Fast).await.expect("stops");
         std::fs::write(server.data_dir().join("standby.signal"), "").expect("writes");
         server.start().await.expect("starts as a standby");
         let error = Node::connect(&db.url).await.expect_err("LISTEN is impossible there");

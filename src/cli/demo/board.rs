@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::{checker::Findings, nodes::DemoNode, world::TABLE, writers::YOURS};
+use super::{
+    checker::Findings,
+    world::{TABLE, YOURS},
+};
 use crate::{
     Change, Key as _, RowKey, Rows, Stats, Status,
     cli::{report::with_causes, text},
@@ -190,7 +193,8 @@ impl Board {
         }
     }
 
-    pub(super) fn nodes(&self, nodes: &[Arc<DemoNode>]) -> Vec<NodeLine> {
+    /// A line for each node, from its counters and its status now, in the order of the nodes.
+    pub(super) fn nodes(&self, nodes: impl Iterator<Item = (Stats, Status)>) -> Vec<NodeLine> {
         let mut seen = self.seen();
         let now = Instant::now();
         let look = seen.looked_at.is_none_or(|at| at + Duration::from_secs(1) <= now);
@@ -198,10 +202,9 @@ impl Board {
             seen.looked_at = Some(now);
         }
         nodes
-            .iter()
-            .map(|node| {
-                let stats = node.users.stats();
-                let looks = &mut seen.looks[node.index];
+            .enumerate()
+            .map(|(node, (stats, status))| {
+                let looks = &mut seen.looks[node];
                 let ratio = ratio(looks.front().copied().unwrap_or_default(), stats);
                 if look {
                     looks.push_back(stats);
@@ -209,12 +212,12 @@ impl Board {
                         looks.pop_front();
                     }
                 }
-                let window = &mut seen.latencies[node.index];
+                let window = &mut seen.latencies[node];
                 while window.front().is_some_and(|(at, _)| *at + WINDOW < now) {
                     window.pop_front();
                 }
                 let latency = Latency::of(window.iter().map(|(_, latency)| *latency).collect());
-                NodeLine { stats, ratio, latency, status: node.users.status() }
+                NodeLine { stats, ratio, latency, status }
             })
             .collect()
     }

@@ -38,8 +38,8 @@ use self::{
     checker::WAITING_MAX,
     compare::{Comparison, compare},
     nodes::{DemoNode, UNTIMED_MAX, find_latencies},
-    world::World,
-    writers::{Means, WRITERS, YOURS},
+    world::{World, YOURS},
+    writers::{Means, WRITERS},
 };
 use super::{commit_time::CommitTimes, signals::Signals, text::number};
 

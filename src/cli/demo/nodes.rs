@@ -14,7 +14,7 @@ use super::{
     checker::Applied,
     world::{TABLE, User},
 };
-use crate::{Change, Config, Event, Events, Key as _, Node, Rows, Table, cli::commit_time::CommitTimes};
+use crate::{Change, Config, Event, Events, Key as _, Node, Rows, Stats, Status, Table, cli::commit_time::CommitTimes};
 
 /// Connections of a node's pool.
 const POOL_MAX: u32 = 5;
@@ -36,6 +36,11 @@ pub(super) struct DemoNode {
 }
 
 impl DemoNode {
+    /// Its counters and its status.
+    pub(super) fn now(&self) -> (Stats, Status) {
+        (self.users.stats(), self.users.status())
+    }
+
     pub(super) async fn start(index: usize, url: &str) -> Result<Arc<Self>> {
         let name = format!("rowcache demo node {}", index + 1);
         let mut config = Config::from_url(url)?;

@@ -54,7 +54,7 @@ pub(super) async fn show(board: &Board, nodes: &[Arc<DemoNode>], invitation: &In
         if let Some(trouble) = board.trouble() {
             writeln!(out, "              {trouble}")?;
         }
-        writeln!(out, "{}", status_line(board, &board.nodes(nodes)))?;
+        writeln!(out, "{}", status_line(board, &board.nodes(nodes.iter().map(|node| node.now()))))?;
     }
 }
 

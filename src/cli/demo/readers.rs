@@ -16,7 +16,11 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::{checker::Read, nodes::DemoNode};
+use super::{
+    checker::Read,
+    nodes::DemoNode,
+    world::{EXPONENT, key},
+};
 
 /// Reader tasks per node.
 pub(super) const PER_NODE: usize = 2;
@@ -35,10 +39,6 @@ const BURST_MAX: Duration = Duration::from_millis(4);
 /// they have changed lately.
 const CHECKED_UNREAD: usize = 16;
 const CHECKED_ANY: usize = 4;
-
-/// The first key is the most popular one: with this exponent, of 100,000 keys it gets some 13 % of all gets, and the first
-/// 1,000 get three quarters.
-pub(super) const EXPONENT: f64 = 1.1;
 
 /// Gets rows until `stop` says so.
 pub(super) async fn read(node: Arc<DemoNode>, rows: u64, reads: mpsc::Sender<Read>, mut stop: watch::Receiver<bool>) {
@@ -63,12 +63,6 @@ pub(super) async fn read(node: Arc<DemoNode>, rows: u64, reads: mpsc::Sender<Rea
             }
         }
     }
-}
-
-/// Zipf gives whole numbers from 1.
-#[expect(clippy::cast_possible_truncation, reason = "a whole number, at most the number of rows")]
-pub(super) fn key(sample: f64) -> i64 {
-    sample as i64
 }
 
 /// Gets keys, and hands what it got to the checker where a change of the key had been applied before.

@@ -61,7 +61,7 @@ pub(super) async fn show(board: &Board, nodes: &[Arc<DemoNode>], invitation: &In
     let mut keys = read_keys(Arc::clone(&restore.0));
     let mut ticks = interval(REDRAW_EVERY);
     loop {
-        let lines = board.nodes(nodes);
+        let lines = board.nodes(nodes.iter().map(|node| node.now()));
         let commits = board.commits_from(0);
         terminal.draw(|frame| View { board, invitation, nodes: &lines, commits: &commits }.draw(frame))?;
         tokio::select! {

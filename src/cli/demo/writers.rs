@@ -22,13 +22,13 @@ use tokio::{
 };
 use url::Url;
 
-use super::{board::Board, readers, world::TABLE};
+use super::{
+    board::Board,
+    world::{EXPONENT, TABLE, YOURS, key},
+};
 use crate::Config;
 
 pub(super) const WRITERS: u64 = 2;
-
-/// Rows with ids 1 to this are for who joins in.
-pub(super) const YOURS: u64 = 100;
 
 /// Rows that a bulk UPDATE changes.
 const BULK: i64 = 100;
@@ -87,7 +87,7 @@ async fn stopped_for(stop: &mut watch::Receiver<bool>, grace: Duration) {
 impl Writer {
     fn new(rows: u64) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "a number of rows far below 2^52")]
-        let popularity = Zipf::new((rows - YOURS) as f64, readers::EXPONENT).expect("there are more rows than yours");
+        let popularity = Zipf::new((rows - YOURS) as f64, EXPONENT).expect("there are more rows than yours");
         let rows = i64::try_from(rows).expect("the option has a limit");
         Self { rng: StdRng::from_os_rng(), popularity, rows, deleted: Vec::new(), moved: Vec::new() }
     }
@@ -125,7 +125,7 @@ impl Writer {
     /// The next statement, and the id that it expects to find.
     fn statement(&mut self) -> (String, Option<i64>) {
         let yours = i64::try_from(YOURS).expect("a small number");
-        let popular = yours + readers::key(self.popularity.sample(&mut self.rng));
+        let popular = yours + key(self.popularity.sample(&mut self.rng));
         let any = self.rng.random_range(yours + 1..=self.rows);
         if self.deleted.len() > 3 || (!self.deleted.is_empty() && self.rng.random_ratio(1, 10)) {
             let id = self.deleted.swap_remove(self.rng.random_range(..self.deleted.len()));
