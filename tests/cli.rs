@@ -1,5 +1,7 @@
 //! The `rowcache` program as its users meet it: the real binary, a real Postgres, and what is printed line by line.
 
+#![cfg(feature = "cli")]
+
 #[macro_use]
 mod support;
 
