@@ -273,6 +273,28 @@ pg_test! {
         assert_eq!(name(&users, 1).await.as_deref(), Some("unseen"));
     }
 
+    async fn triggers_lost_while_nobody_listened_are_missed_before_anything_is_trusted(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        test.logs.allow("the triggers or the definition of this table changed");
+        let db = users_db(test.version).await;
+        let mut proxy = Proxy::start(db.port).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.listener = hasty(&proxy.url(&db.url)).listener;
+        let node = Node::start(config).await.expect("starts");
+        let users = users(&node).await;
+        let mut events = node.subscribe();
+        proxy.refuse().await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        db.execute("drop trigger zz_rowcache_update on public.users").await;
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert!(matches!(users.status(), Status::Bypassed { why: Reason::Triggers(_), .. }), "{:?}", users.status());
+        name(&users, 1).await;
+        assert!(!users.peek(&1).is_known());
+    }
+
     async fn a_column_whose_type_changes_while_rows_are_loaded(test: Test) {
         test.logs.allow("the triggers or the definition of this table changed");
         let db = users_db(test.version).await;
