@@ -83,7 +83,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     pub(crate) fn new(handle: Arc<Handle>, store: Arc<Store<K, V>>, tracked: &TrackedTable) -> Self {
         let shared = &handle.shared;
         let judge = Arc::clone(shared);
-        let ours = move |incarnation| judge.look(|coherence| coherence.incarnation()) == incarnation;
+        // Without a line nobody knows which server is the right one.
+        let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
         let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout, ours));
         Self { store, source, name: tracked.name.as_str().into(), handle }
     }

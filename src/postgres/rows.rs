@@ -24,7 +24,7 @@ use crate::{
     coherence::Incarnation,
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
-    postgres::{catalog::TrackedTable, database_error, is_connection_error},
+    postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error},
     source::{Loaded, Source},
 };
 
@@ -35,10 +35,13 @@ pub(crate) struct Rows<K, V> {
     one: String,
     many: String,
     timeout: Duration,
-    /// Whether rows with this stamp come from the server that the node listens to.
+    /// Whether rows with this stamp come from the server that the node listens to, as far as it knows.
     ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
     types: PhantomData<fn() -> (K, V)>,
 }
+
+/// Canary, start of the server, dirty.
+const STAMP_COLUMNS: usize = 3;
 
 /// A connection that was found dead is replaced by another one this often.
 const TRIES: usize = 3;
@@ -243,10 +246,11 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     /// The key of a row; `None` for the one row that stands for "none found" and carries but the stamp.
     fn key_of(&self, row: &PgRow) -> Result<Option<K>> {
         let read = |error| database_error("reading the key of", &self.table, error);
-        let mut parts = Vec::new();
-        for (n, of) in K::types().into_iter().enumerate() {
-            let column = format!("rowcache.key.{n}");
-            let column = column.as_str();
+        let types = K::types();
+        // The statement ends with the key columns and the three columns of the stamp.
+        let first = row.len() - types.len() - STAMP_COLUMNS;
+        let mut parts = Vec::with_capacity(types.len());
+        for (column, of) in (first..).zip(types) {
             let part = match of {
                 KeyType::Int2 => row.try_get::<Option<i16>, _>(column).map_err(read)?.map(|it| KeyPart::Int(it.into())),
                 KeyType::Int4 => row.try_get::<Option<i32>, _>(column).map_err(read)?.map(|it| KeyPart::Int(it.into())),
@@ -303,11 +307,7 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
 
 /// `ALTER TABLE` changed the columns under a prepared `select t.*`.
 fn is_stale_plan(error: &sqlx::Error) -> bool {
-    const FEATURE_NOT_SUPPORTED: &str = "0A000";
-    error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code)
-        .is_some_and(|code| code == FEATURE_NOT_SUPPORTED)
+    has_code(error, "0A000")
 }
 
 fn int(part: KeyPart<'_>) -> i64 {
