@@ -9,10 +9,10 @@ mod fixture;
 
 use std::{
     sync::{
-        Arc,
+        Arc, Barrier,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db};
@@ -123,6 +123,34 @@ pg_test! {
         proxy.set_both(Flow::Pass);
         proxy.close_all(Close::Rst).await;
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+    }
+
+    // Tasks stand still when their threads are blocked, and with them fences, the applier and timers.
+    async fn a_blocked_runtime_cannot_hold_on_to_the_lease(test: Test) {
+        test.logs.allow(AGAIN);
+        let db = users_db(test.version).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users = users(&node).await;
+        name(&users, 1).await;
+        let mut events = node.subscribe();
+        // One task for each thread of the runtime, and one for this one.
+        let (blocked, freed) = (Arc::new(Barrier::new(3)), Arc::new(Barrier::new(3)));
+        for _ in 0..2 {
+            let (blocked, freed) = (Arc::clone(&blocked), Arc::clone(&freed));
+            tokio::spawn(async move {
+                blocked.wait();
+                freed.wait();
+            });
+        }
+        blocked.wait();
+        assert!(users.peek(&1).is_known(), "the lease still runs");
+        let deadline = Instant::now() + support::PATIENCE;
+        while users.peek(&1).is_known() {
+            assert!(Instant::now() < deadline, "the row is still served");
+            std::thread::yield_now();
+        }
+        freed.wait();
+        gap_and_recovery(&mut events).await;
     }
 
     // sqlx's error path, shamichan #1095: the first attempts to come back fail.
