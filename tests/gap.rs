@@ -512,7 +512,12 @@ pg_test! {
         let stuck = tokio::spawn(async move {
             writer.batch_execute("update public.users set name = 'stuck' where id = 1").await
         });
-        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        // A fence that cannot be sent is no fence that does not come back: it is given up, tried again, and told apart.
+        let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
+            unreachable!()
+        };
+        assert_eq!(why, Reason::LeaseExpired);
+        assert!(!test.logs.containing("a fence waited too long").is_empty());
         assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "reads go to Postgres, which does not show it yet");
         admin.batch_execute("alter system set synchronous_standby_names = ''").await.expect("set");
         admin.batch_execute("select pg_reload_conf()").await.expect("reloaded");
