@@ -42,7 +42,7 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// Publish it: the node was coherent when the load started, and nothing has happened since.
-    Publish(Word),
+    Publish,
     /// The key was invalidated, or all of its table.
     Voided,
     /// The node was not coherent when the load started.
@@ -94,7 +94,7 @@ impl<W> Flight<W> {
         match self.state {
             State::Queued => unreachable!("only a started load finishes"),
             State::Running { word, .. } if !word.is_coherent() => Verdict::Uncached,
-            State::Running { word, void: false } if word == live => Verdict::Publish(word),
+            State::Running { word, void: false } if word == live => Verdict::Publish,
             State::Running { .. } => Verdict::Voided,
         }
     }

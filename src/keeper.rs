@@ -96,7 +96,7 @@ async fn open(shared: &Arc<Shared>) -> Result<Line> {
 /// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
 /// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
 async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()> {
-    let failed = |error| database_error("connecting", "the pool", error);
+    let failed = |error| database_error("connecting the pool", error);
     let mut outcome = Err(Error::new(
         Kind::Config,
         "the pool and the listener reach different servers or databases: both must reach the same primary",
@@ -191,7 +191,7 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
             let notify = sqlx::query("select pg_notify($1, $2)");
             let notify = notify.bind(&shared.own_channel).bind(change::fence_payload(fence.nonce));
             let sent = notify.execute(&shared.pool).await;
-            sent.map(|_| true).map_err(|error| database_error("sending a fence through", "the pool", error))
+            sent.map(|_| true).map_err(|error| database_error("sending a fence through the pool", error))
         } else {
             line.send(&shared.own_channel, fence).await
         }

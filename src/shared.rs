@@ -11,7 +11,7 @@ use std::{
     any::{Any, TypeId},
     collections::{BTreeMap, HashMap},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -32,6 +32,7 @@ use crate::{
     inbox::{Inbox, Item},
     postgres::database_error,
     status::{Event, Events, Status},
+    sync::{Mutex, lock},
     tables::{Member, Tables},
 };
 
@@ -325,10 +326,7 @@ impl Shared {
             payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
         }
         let notified = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
-        notified
-            .execute(&self.pool)
-            .await
-            .map_err(|error| database_error("notifying on channel", "rowcache", error))?;
+        notified.execute(&self.pool).await.map_err(|error| database_error("notifying on channel rowcache", error))?;
         Ok(())
     }
 
@@ -366,9 +364,4 @@ impl Shared {
     pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
         self.stopping.subscribe()
     }
-}
-
-/// Locks, whatever happened to the last holder: each critical section leaves its data whole.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -37,7 +37,8 @@ pub struct Stats {
     pub uncached: u64,
     /// Loads that failed.
     pub failed: u64,
-    /// SQL statements that were sent for these loads.
+    /// Batches that these loads were sent in: one SQL statement each, unless Postgres refused it, and its keys were then
+    /// loaded one by one.
     pub queries: u64,
     /// Keys that a message or a call invalidated, whether they were held or not.
     pub invalidations: u64,

@@ -10,9 +10,9 @@
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
 //! **Lock order**: a key's stripe, then `quick_cache`'s shard. The queue's lock is held with no other. No code of
-//! the user runs under any of them, with two exceptions: the key's `Hash`, `Eq` and `Clone`; and `reclaim`, which drops
-//! values under a shard's lock, so that a value's `Drop` must not call into its own table. Elsewhere values are dropped
-//! after the locks are released.
+//! the user runs under any of them, with two exceptions: the key's `Hash`, `Eq` and `Clone`; and the `Drop` of values that
+//! `quick_cache` evicts more than two of at a time, so that it must not call into its own table. Elsewhere values are
+//! dropped after the locks are released.
 //!
 //! The race that a cache must not lose (X1), and the line that closes it:
 //!
@@ -257,11 +257,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let outcome = result.map(|value| {
             let entry = Arc::new(Entry { word, value });
             match flight.verdict(word) {
-                Verdict::Publish(_) if ours => {
+                Verdict::Publish if ours => {
                     self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
                     counters.published.add(1);
                 }
-                Verdict::Publish(_) | Verdict::Uncached => counters.uncached.add(1),
+                Verdict::Publish | Verdict::Uncached => counters.uncached.add(1),
                 Verdict::Voided => counters.voided.add(1),
             }
             entry
@@ -302,7 +302,13 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     }
 
     fn reclaim(&self) {
-        self.entries.clear();
+        // Not `clear`: what has been loaded since is alive. `remove_if` reclaims here, it does not invalidate: the gate
+        // has done that. Key by key, so that no reader waits for long, and values are dropped under no lock.
+        let is_dead = |entry: &Arc<Entry<V>>| entry.word != self.gate.word();
+        let dead: Vec<K> = self.entries.iter().filter(|(_, entry)| is_dead(entry)).map(|(key, _)| key).collect();
+        for key in dead {
+            drop(self.entries.remove_if(&key, is_dead));
+        }
     }
 }
 

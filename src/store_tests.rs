@@ -135,6 +135,22 @@ fn a_clear_forgets_what_is_held_at_once() {
 }
 
 #[test]
+fn reclaiming_frees_what_a_clear_left_and_nothing_loaded_since() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1, 2]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("old")), Ok(Some("old"))], true);
+    fixture.turn(true);
+    let (_wait, _) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("new"))], true);
+    assert_eq!(fixture.store.len(), 2);
+    fixture.store.reclaim();
+    assert_eq!(fixture.store.len(), 1);
+    assert_eq!(fixture.held(1), Some(Some("new")));
+}
+
+#[test]
 fn nothing_is_cached_or_served_while_not_coherent() {
     let mut fixture = fixture();
     let (_wait, mut runners) = fixture.ask(&[1]);

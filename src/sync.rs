@@ -1,7 +1,6 @@
 //! Locks and atomics: the standard library's, or the model checker's under `--cfg shuttle`.
 //!
-//! Only the core uses this module. A poisoned lock is ignored: no code of the user runs under any of these
-//! locks, and each critical section leaves its data whole at every point where it could panic.
+//! A poisoned lock is ignored: each critical section leaves its data whole at every point where it could panic.
 
 #[cfg(not(shuttle))]
 pub(crate) use std::sync::{

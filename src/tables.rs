@@ -17,7 +17,7 @@ pub(crate) trait Member: Send + Sync {
     /// Moves the gate: forgets everything, at once.
     fn show(&self, word: Word);
 
-    /// Frees the memory of entries that the gate has made unreachable. May drop others with them.
+    /// Frees the memory of entries that the gate has made unreachable.
     fn reclaim(&self);
 }
 

@@ -38,11 +38,10 @@ pub(crate) struct TrackedTable {
 
 /// Looks up a table in the catalogue, and whether it can be cached under `K`.
 pub(crate) async fn open<K: Key>(pool: &PgPool, name: &str) -> Result<TrackedTable> {
-    let description: Description = sqlx::query_as(DESCRIBE)
-        .bind(name)
-        .fetch_one(pool)
-        .await
-        .map_err(|error| schema_hint(&error).unwrap_or_else(|| database_error("looking up", name, error)))?;
+    let description: Description =
+        sqlx::query_as(DESCRIBE).bind(name).fetch_one(pool).await.map_err(|error| {
+            schema_hint(&error).unwrap_or_else(|| database_error(&format!("looking up {name}"), error))
+        })?;
     description.check::<K>(name)
 }
 

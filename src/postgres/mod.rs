@@ -25,13 +25,13 @@ fn is_shutdown(code: &str) -> bool {
     code.starts_with("57P") || code.starts_with("08")
 }
 
-/// An error of the pool's driver. `doing` and `what` say what was attempted: "loading", "public.users 7".
-pub(crate) fn database_error(doing: &str, what: &str, error: sqlx::Error) -> Error {
+/// An error of the pool's driver. `doing` says what was attempted: "loading public.users 7".
+pub(crate) fn database_error(doing: &str, error: sqlx::Error) -> Error {
     if is_foreign_statement(&error) {
         let cure = "the pool goes through a pooler in transaction mode that does not keep track of prepared \
              statements; use one that does (PgBouncer 1.21 or newer with max_prepared_statements), or session mode, or a \
              direct connection";
-        return Error::with(Kind::Pooler, format!("{doing} {what} failed: {cure}"), error);
+        return Error::with(Kind::Pooler, format!("{doing} failed: {cure}"), error);
     }
     let kind = match &error {
         sqlx::Error::PoolClosed => Kind::Closed,
@@ -42,7 +42,7 @@ pub(crate) fn database_error(doing: &str, what: &str, error: sqlx::Error) -> Err
         error if has_code(error, UNDEFINED_TABLE) => Kind::Table,
         _ => Kind::Refused,
     };
-    Error::with(kind, format!("{doing} {what} failed"), error)
+    Error::with(kind, format!("{doing} failed"), error)
 }
 
 /// An error of a statement that a person asked for: what Postgres says, and its hint, are the message.
@@ -51,7 +51,7 @@ pub(crate) fn refusal(doing: &str, error: sqlx::Error) -> Error {
         return hint;
     }
     let Some(refusal) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
-        return database_error(doing, "", error);
+        return database_error(doing, error);
     };
     let hint = refusal.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
     Error::new(Kind::Table, format!("{doing}: {}{hint}", refusal.message()))

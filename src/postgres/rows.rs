@@ -34,6 +34,7 @@ pub(crate) struct Rows<K, V> {
     table: String,
     one: String,
     many: String,
+    key_types: Vec<KeyType>,
     timeout: Duration,
     /// Whether rows with this stamp come from the server that the node listens to, as far as it knows.
     ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
@@ -77,7 +78,16 @@ impl<K: Key, V> Rows<K, V> {
                 equal.join(" and ")
             )
         };
-        Self { pool, table: table.name.clone(), one, many, timeout, ours: Box::new(ours), types: PhantomData }
+        Self {
+            pool,
+            table: table.name.clone(),
+            one,
+            many,
+            key_types: K::types(),
+            timeout,
+            ours: Box::new(ours),
+            types: PhantomData,
+        }
     }
 }
 
@@ -133,7 +143,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                     tries += 1;
                     continue;
                 }
-                Ok(Err(error)) => return Err(database_error("loading", &self.of(keys), error)),
+                Ok(Err(error)) => return Err(database_error(&format!("loading {}", self.of(keys)), error)),
             };
             match timeout_at(deadline, self.run(&mut connection, keys)).await {
                 Ok(Ok(rows)) => {
@@ -148,7 +158,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                     drop(connection.detach());
                     tries += 1;
                 }
-                Ok(Err(error)) => return Err(database_error("loading", &self.of(keys), error)),
+                Ok(Err(error)) => return Err(database_error(&format!("loading {}", self.of(keys)), error)),
                 // Dropped too: the statement may still be running, and the next user would have to wait for it.
                 Err(_) => {
                     drop(connection.detach());
@@ -192,7 +202,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     fn query(&self, keys: &[K]) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
         if let [key] = keys {
             let query = sqlx::query(AssertSqlSafe(self.one.clone()));
-            return key.to_parts().into_iter().zip(K::types()).fold(query, |query, (part, of)| match (part, of) {
+            return key.to_parts().into_iter().zip(&self.key_types).fold(query, |query, (part, of)| match (part, of) {
                 (KeyPart::Int(value), KeyType::Int2) => query.bind(narrow::<i16>(value)),
                 (KeyPart::Int(value), KeyType::Int4) => query.bind(narrow::<i32>(value)),
                 (KeyPart::Int(value), _) => query.bind(value),
@@ -200,14 +210,14 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                 (KeyPart::Uuid(value), _) => query.bind(value),
             });
         }
-        let mut columns: Vec<Vec<KeyPart<'_>>> = K::types().iter().map(|_| Vec::new()).collect();
+        let mut columns: Vec<Vec<KeyPart<'_>>> = self.key_types.iter().map(|_| Vec::new()).collect();
         for key in keys {
             for (column, part) in columns.iter_mut().zip(key.to_parts()) {
                 column.push(part);
             }
         }
         let query = sqlx::query(AssertSqlSafe(self.many.clone()));
-        columns.into_iter().zip(K::types()).fold(query, |query, (column, of)| {
+        columns.into_iter().zip(&self.key_types).fold(query, |query, (column, of)| {
             let column = column.into_iter();
             match of {
                 KeyType::Int2 => query.bind(column.map(int).map(narrow::<i16>).collect::<Vec<_>>()),
@@ -221,7 +231,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
 
     fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
         let first = rows.first().ok_or_else(|| self.broken("the statement returned no row"))?;
-        let stamp = |error| database_error("reading the stamp of", &self.table, error);
+        let stamp = |error| database_error(&format!("reading the stamp of {}", self.table), error);
         let dirty: bool = first.try_get("rowcache.dirty").map_err(stamp)?;
         let mut found = HashMap::with_capacity(rows.len());
         for row in rows {
@@ -245,8 +255,8 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
 
     /// The key of a row; `None` for the one row that stands for "none found" and carries but the stamp.
     fn key_of(&self, row: &PgRow) -> Result<Option<K>> {
-        let read = |error| database_error("reading the key of", &self.table, error);
-        let types = K::types();
+        let read = |error| database_error(&format!("reading the key of {}", self.table), error);
+        let types = &self.key_types;
         // The statement ends with the key columns and the three columns of the stamp.
         let first = row.len() - types.len() - STAMP_COLUMNS;
         let mut parts = Vec::with_capacity(types.len());
