@@ -38,7 +38,24 @@ create or replace view rowcache.stamp as
 select
   (select c.id from rowcache.canary c) as canary,
   (extract(epoch from pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint as started,
-  pg_catalog.pg_current_xact_id_if_assigned() is not null as dirty;
+  pg_catalog.pg_current_xact_id_if_assigned() is not null as dirty,
+  -- Read after the snapshot was taken: whatever the snapshot shows was logged before this position.
+  (pg_catalog.pg_current_wal_insert_lsn() - '0/0'::pg_catalog.pg_lsn)::bigint as lsn;
 comment on view rowcache.stamp is
-  'One row, read with every load. canary: null if lost. started: of the server, microseconds since 1970. dirty: this transaction has written';
+  'One row, read with every load. canary: null if lost. started: of the server, microseconds since 1970. dirty: this transaction has written. lsn: everything seen was logged before it';
 grant select on rowcache.stamp to public;
+
+create or replace function rowcache.token() returns text
+  language sql volatile
+  set search_path = pg_catalog, pg_temp
+as $$
+  select '1.'
+    || to_hex(
+      ('x' || left(h.digits, 16))::bit(64)::bigint # ('x' || right(h.digits, 16))::bit(64)::bigint # s.started
+    )
+    || '.' || coalesce(pg_current_xact_id_if_assigned()::text, '0')
+  from rowcache.stamp s
+  cross join lateral (select replace(s.canary::text, '-', '')) as h(digits)
+$$;
+comment on function rowcache.token() is
+  'Names this transaction, for reads elsewhere that must see it: hand it out once COMMIT has succeeded. Null if the canary is lost';

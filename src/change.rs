@@ -5,10 +5,11 @@
 //!          | {"v":1,"t":RELATION,"x":XID,"k":[KEY,…],"c":{COLUMN:[SCALAR,…],…}}  and these values of further columns
 //!          | {"v":1,"t":RELATION,"x":XID,"all":true}                             the whole table
 //!          | {"v":1,"x":XID,"all":true}                                          every table
-//! fence    = {"v":1,"f":NONCE}                    only on the node's own channel
+//! fence    = {"v":1,"f":NONCE,"s":SNAPSHOT,"l":LSN}  only on the node's own channel
 //! KEY      = SCALAR | [SCALAR,SCALAR,…]           one key column | several, in key order
 //! SCALAR   = integer | string                     canonical text of every type but the integers
 //! RELATION = schema.table, quoted where Postgres would quote it
+//! SNAPSHOT = pg_current_snapshot(), and LSN the position in the log, of the transaction that sent the fence
 //! XID      = the writer's pg_current_xact_id(); absent when no transaction's trigger sent it
 //! ```
 //!
@@ -26,7 +27,7 @@ use serde::{
 };
 use uuid::Uuid;
 
-use crate::key::KeyPart;
+use crate::{key::KeyPart, snapshot::Snapshot};
 
 /// The channel on which the triggers of every tracked table send.
 pub(crate) const CHANNEL: &str = "rowcache";
@@ -102,12 +103,21 @@ impl fmt::Display for RowKey {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     Change(Change),
-    Fence(Uuid),
+    Fence(Uuid, Mark),
     /// Not ours, damaged, forged, or of a later version: stands for a change of the whole table, or of all.
     Unreadable {
         table: Option<String>,
         error: String,
     },
+}
+
+/// How far the database was when a fence was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mark {
+    /// All that it sees had queued their messages before the fence.
+    pub(crate) snapshot: Snapshot,
+    /// All whose commit was logged before this position had queued their messages before the fence.
+    pub(crate) lsn: u64,
 }
 
 /// The wire form of all messages. Unknown fields make a message unreadable: a later version may mean more.
@@ -127,6 +137,10 @@ struct Wire<'a> {
     all: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     f: Option<Uuid>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    s: Option<Cow<'a, str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    l: Option<u64>,
 }
 
 impl Message {
@@ -141,7 +155,12 @@ impl Message {
             return Err(format!("version {} is not {VERSION}", wire.v));
         }
         let rows = match (wire.f, wire.all, wire.k) {
-            (Some(nonce), false, None) if wire.t.is_none() => return Ok(Self::Fence(nonce)),
+            (Some(nonce), false, None) if wire.t.is_none() => {
+                let (Some(snapshot), Some(lsn)) = (wire.s, wire.l) else {
+                    return Err("a fence without its snapshot and position".into());
+                };
+                return Ok(Self::Fence(nonce, Mark { snapshot: snapshot.parse()?, lsn }));
+            }
             (None, true, None) => Rows::All,
             (None, false, Some(keys)) if wire.t.is_some() => Rows::Keys(keys),
             _ => return Err("neither keys of a table, nor a whole table, nor a fence".into()),
@@ -187,14 +206,8 @@ impl Change {
             (column.clone(), values.collect())
         });
         let t = self.table.as_deref().map(Cow::Borrowed);
-        write(&Wire { v: VERSION, t, x: self.xid, k, c: c.collect(), all, f: None })
+        write(&Wire { v: VERSION, t, x: self.xid, k, c: c.collect(), all, f: None, s: None, l: None })
     }
-}
-
-/// The wire form of a fence.
-pub(crate) fn fence_payload(nonce: Uuid) -> String {
-    let c = BTreeMap::new();
-    write(&Wire { v: VERSION, t: None, x: None, k: None, c, all: false, f: Some(nonce) })
 }
 
 fn write(wire: &Wire<'_>) -> String {
@@ -322,7 +335,13 @@ mod tests {
                 change("a.b", keys(&[&[KeyPart::Int(7), KeyPart::Text("ada".into())]]), 1),
             ),
             (r#"{"v":1,"t":"a.b","x":1,"all":true}"#, change("a.b", Rows::All, 1)),
-            (r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007"}"#, Message::Fence(Uuid::from_u128(7))),
+            (
+                r#"{"v" : 1, "f" : "00000000-0000-0000-0000-000000000007", "s" : "10:20:10,12", "l" : 4711}"#,
+                Message::Fence(
+                    Uuid::from_u128(7),
+                    Mark { snapshot: "10:20:10,12".parse().expect("a snapshot"), lsn: 4711 },
+                ),
+            ),
         ];
         for (payload, expected) in cases {
             assert_eq!(Message::parse(payload), expected, "{payload}");
@@ -330,11 +349,6 @@ mod tests {
                 assert_eq!(change.to_payload(), payload);
             }
         }
-        assert_eq!(fence_payload(Uuid::from_u128(7)), cases_fence());
-    }
-
-    fn cases_fence() -> &'static str {
-        r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007"}"#
     }
 
     #[test]
@@ -358,7 +372,11 @@ mod tests {
             read => panic!("{payload} was read as {read:?}"),
         };
         for nameless in
-            ["", "null", "[]", "garbage", "{}", r#"{"v":1}"#, r#"{"v":1,"k":[1]}"#, "{\"v\":1,\"t\":\"a.b\""]
+            [
+                "", "null", "[]", "garbage", "{}", r#"{"v":1}"#, r#"{"v":1,"k":[1]}"#, "{\"v\":1,\"t\":\"a.b\"",
+                r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007"}"#,
+                r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007","s":"1:x:","l":1}"#,
+            ]
         {
             assert_eq!(flushed(nameless), None, "{nameless}");
         }
@@ -372,7 +390,7 @@ mod tests {
             r#"{"v":1,"t":"a.b","k":[18446744073709551615]}"#,
             r#"{"v":1,"t":"a.b","k":7}"#,
             r#"{"v":1,"t":"a.b","k":[1],"c":{"x":[[1]]}}"#,
-            r#"{"v":1,"t":"a.b","f":"00000000-0000-0000-0000-000000000007"}"#,
+            r#"{"v":1,"t":"a.b","f":"00000000-0000-0000-0000-000000000007","s":"1:1:","l":1}"#,
         ] {
             assert_eq!(flushed(named).as_deref(), Some("a.b"), "{named}");
         }

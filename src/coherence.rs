@@ -12,6 +12,9 @@
 //! lease (`coherent_as_of` is when the last applied fence was sent; entries are served for at most
 //! [`Timing::lease`] from then on) and `barrier`.
 //!
+//! A fence counts when it was applied *and* the triggers of all tables were found to be what they were, by a look
+//! that began after it was sent. So whatever is visible at that moment was told, or its table is in doubt.
+//!
 //! At most one fence is under way and one is wanted. Who asks for a fence gets one that *starts* later, never
 //! one that is under way already (X9).
 //!
@@ -20,6 +23,8 @@
 use std::{fmt, time::Duration};
 
 use uuid::Uuid;
+
+use crate::change::Mark;
 
 /// Time since boot, suspended time included.
 pub(crate) type Boot = Duration;
@@ -86,6 +91,8 @@ impl fmt::Display for Reason {
 /// What the caller must do, at once and in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
+    /// Everything visible at `coherent_as_of` has been applied, and `mark` is what that was.
+    Advance,
     /// Forget everything, and serve entries from now on.
     Open,
     /// Forget everything, and serve none.
@@ -116,13 +123,20 @@ pub(crate) struct Coherence {
     wanted: u64,
     under_way: Option<UnderWay>,
     last_sent_at: Option<Boot>,
-    /// Everything visible before this moment has been applied.
+    /// Everything visible before this moment has been applied. Outlives a gap: then it says how old the entries are
+    /// that were held when it began.
     coherent_as_of: Option<Boot>,
+    /// How far the database was at that moment; `None` in a gap.
+    mark: Option<Mark>,
 }
 
 struct UnderWay {
     fence: Fence,
     sent_at: Boot,
+    /// The triggers have been looked at since it was sent.
+    checked: bool,
+    /// It was applied.
+    applied: Option<Mark>,
 }
 
 enum Line {
@@ -146,6 +160,7 @@ impl Coherence {
             under_way: None,
             last_sent_at: None,
             coherent_as_of: None,
+            mark: None,
         }
     }
 
@@ -177,7 +192,7 @@ impl Coherence {
         self.started += 1;
         self.wanted = self.wanted.max(self.started);
         let fence = Fence { number: self.started, nonce, probe };
-        self.under_way = Some(UnderWay { fence, sent_at: now });
+        self.under_way = Some(UnderWay { fence, sent_at: now, checked: false, applied: None });
         self.last_sent_at = Some(now);
         Some(fence)
     }
@@ -204,17 +219,37 @@ impl Coherence {
 
     /// A fence was applied: everything before it in the channel has been. Strangers' fences, and those from
     /// before a gap, count for nothing (I5).
-    pub(crate) fn fence_applied(&mut self, nonce: Uuid) -> Vec<Action> {
-        let Some(UnderWay { fence, sent_at }) = self.under_way.take_if(|it| it.fence.nonce == nonce) else {
+    pub(crate) fn fence_applied(&mut self, nonce: Uuid, mark: Mark) -> Vec<Action> {
+        if let Some(it) = self.under_way.as_mut().filter(|it| it.fence.nonce == nonce) {
+            it.applied = Some(mark);
+        }
+        self.complete()
+    }
+
+    /// The triggers of all tables were looked at, by a look that began after this fence was sent, and tables that
+    /// are not as they were are in doubt.
+    pub(crate) fn fence_checked(&mut self, fence: Fence) -> Vec<Action> {
+        if let Some(it) = self.under_way.as_mut().filter(|it| it.fence == fence) {
+            it.checked = true;
+        }
+        self.complete()
+    }
+
+    fn complete(&mut self) -> Vec<Action> {
+        let Some(UnderWay { fence, sent_at, applied: Some(mark), .. }) =
+            self.under_way.take_if(|it| it.checked && it.applied.is_some())
+        else {
             return Vec::new();
         };
         self.coherent_as_of = Some(sent_at);
+        self.mark = Some(mark);
         let mut actions = Vec::new();
         if matches!(self.line, Line::Probing { .. }) {
             self.line = Line::Up;
             actions.push(Action::Open);
         }
-        actions.push(Action::Release(fence.number));
+        // After the gates have moved: entries from before the gap must not pass for as fresh as this.
+        actions.extend([Action::Advance, Action::Release(fence.number)]);
         actions
     }
 
@@ -241,6 +276,7 @@ impl Coherence {
         };
         self.gaps += 1;
         self.under_way = None;
+        self.mark = None;
         if was_up { vec![Action::Close] } else { Vec::new() }
     }
 
@@ -299,7 +335,12 @@ impl Coherence {
         self.gaps
     }
 
-    /// Everything visible before this moment has been applied.
+    /// What was visible at `coherent_as_of`; `None` in a gap.
+    pub(crate) fn mark(&self) -> Option<&Mark> {
+        self.mark.as_ref()
+    }
+
+    /// Everything visible before this moment had been applied when the node was last coherent.
     pub(crate) fn coherent_as_of(&self) -> Option<Boot> {
         self.coherent_as_of
     }
@@ -320,6 +361,16 @@ mod tests {
         Duration::from_secs_f64(1000.0 + seconds)
     }
 
+    fn mark() -> Mark {
+        Mark { snapshot: "10:10:".parse().expect("a snapshot"), lsn: 7 }
+    }
+
+    /// The fence comes back, and the triggers are as they were.
+    fn back(node: &mut Coherence, fence: Fence) -> Vec<Action> {
+        assert_eq!(node.fence_checked(fence), [], "not applied yet");
+        node.fence_applied(fence.nonce, mark())
+    }
+
     fn incarnation(n: u128) -> Incarnation {
         Incarnation { canary: Uuid::from_u128(n), started: 7 }
     }
@@ -330,7 +381,7 @@ mod tests {
         node.listening(incarnation(1));
         let probe = node.next_fence(at(0.0), Uuid::from_u128(1)).expect("a probe is due at once");
         assert!(probe.probe);
-        assert_eq!(node.fence_applied(probe.nonce), [Action::Open, Action::Release(1)]);
+        assert_eq!(back(&mut node, probe), [Action::Open, Action::Advance, Action::Release(1)]);
         node
     }
 
@@ -347,7 +398,7 @@ mod tests {
         assert!(node.bypassed().is_some());
         assert_eq!(node.want_fence(), Err(Reason::Starting));
         let probe = fence(&mut node, at(0.1));
-        assert_eq!(node.fence_applied(probe.nonce), [Action::Open, Action::Release(1)]);
+        assert_eq!(back(&mut node, probe), [Action::Open, Action::Advance, Action::Release(1)]);
         assert_eq!(node.bypassed(), None);
     }
 
@@ -358,17 +409,17 @@ mod tests {
         let mine = node.want_fence().expect("up");
         assert_eq!(mine, running.number + 1);
         assert_eq!(node.want_fence(), Ok(mine), "those who wait share the next one");
-        assert_eq!(node.fence_applied(running.nonce), [Action::Release(running.number)]);
+        assert_eq!(back(&mut node, running), [Action::Advance, Action::Release(running.number)]);
         assert_eq!(node.fence_due(), Some(at(1.0) + TIMING.spacing), "it is due before the beat");
         let next = fence(&mut node, at(1.1));
-        assert_eq!(node.fence_applied(next.nonce), [Action::Release(mine)]);
+        assert_eq!(back(&mut node, next), [Action::Advance, Action::Release(mine)]);
     }
 
     #[test]
     fn k2_the_lease_counts_from_when_the_fence_was_sent() {
         let mut node = up();
         let beat = fence(&mut node, at(1.0));
-        node.fence_applied(beat.nonce);
+        back(&mut node, beat);
         assert_eq!(node.coherent_as_of(), Some(at(1.0)));
         assert_eq!(node.lease_end(), Some(at(6.0)));
         let _under_way = fence(&mut node, at(2.0));
@@ -376,6 +427,21 @@ mod tests {
         assert_eq!(node.tick(at(4.9)), []);
         assert_eq!(node.tick(at(5.1)), [Action::Close], "three seconds after it was sent it is late");
         assert!(matches!(node.bypassed(), Some((_, Reason::BeatLate))));
+    }
+
+    #[test]
+    fn a_fence_counts_when_it_was_applied_and_the_triggers_were_looked_at() {
+        let mut node = up();
+        let beat = fence(&mut node, at(1.0));
+        assert_eq!(node.fence_applied(beat.nonce, mark()), [], "what a trigger did not tell is not known yet");
+        assert_eq!(node.coherent_as_of(), Some(at(0.0)));
+        assert_eq!(node.fence_checked(beat), [Action::Advance, Action::Release(beat.number)]);
+        assert_eq!(node.coherent_as_of(), Some(at(1.0)));
+        let late = fence(&mut node, at(2.0));
+        node.fence_applied(late.nonce, mark());
+        assert_eq!(node.tick(at(5.1)), [Action::Close], "a look that takes too long is as bad as a late fence");
+        assert_eq!(node.mark(), None);
+        assert_eq!(node.coherent_as_of(), Some(at(1.0)), "so old is what was held");
     }
 
     #[test]
@@ -400,15 +466,15 @@ mod tests {
     #[test]
     fn fences_of_strangers_and_of_lost_lines_count_for_nothing() {
         let mut node = up();
-        assert_eq!(node.fence_applied(Uuid::from_u128(99)), []);
+        assert_eq!(node.fence_applied(Uuid::from_u128(99), mark()), []);
         let lost = fence(&mut node, at(1.0));
         assert_eq!(node.gap(at(1.5), Reason::BeatLate), [Action::Close]);
-        assert_eq!(node.fence_applied(lost.nonce), []);
+        assert_eq!(node.fence_applied(lost.nonce, mark()), []);
         node.listening(incarnation(1));
-        assert_eq!(node.fence_applied(lost.nonce), [], "also when there is a line again");
+        assert_eq!(node.fence_applied(lost.nonce, mark()), [], "also when there is a line again");
         let probe = fence(&mut node, at(2.0));
         assert!(probe.probe, "a new line proves itself anew");
-        assert_eq!(node.fence_applied(probe.nonce), [Action::Open, Action::Release(probe.number)]);
+        assert_eq!(back(&mut node, probe), [Action::Open, Action::Advance, Action::Release(probe.number)]);
     }
 
     #[test]
@@ -439,7 +505,7 @@ mod tests {
         let first = fence(&mut node, at(1.0));
         node.fence_not_sent(first);
         let second = fence(&mut node, at(2.0));
-        let released = node.fence_applied(second.nonce);
-        assert!(matches!(released[..], [Action::Release(number)] if number >= mine));
+        let released = back(&mut node, second);
+        assert!(matches!(released[..], [Action::Advance, Action::Release(number)] if number >= mine));
     }
 }

@@ -7,6 +7,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use crate::{
     coherence::Timing,
     error::{Error, Kind, Result},
+    freshness::Fallback,
     settings,
     tls::TlsConfig,
 };
@@ -111,6 +112,20 @@ impl Config {
         }
     }
 
+    /// What [`Coherent`](crate::Freshness::Coherent) reads may miss at worst, whatever breaks: changes that became
+    /// visible less than this long before the read began. It follows from [`lease`](Self::lease), which a thread holds against
+    /// the clock every 10 ms. In between it is the time of a notification: a few milliseconds.
+    ///
+    /// ```
+    /// let config = rowcache::Config::from_url("postgres://app@db.internal/app")?;
+    /// assert_eq!(config.staleness_bound().as_millis(), 5010);
+    /// # Ok::<(), rowcache::Error>(())
+    /// ```
+    #[must_use]
+    pub fn staleness_bound(&self) -> Duration {
+        self.lease + TICK
+    }
+
     pub(crate) fn timing(&self) -> Timing {
         Timing { beat: self.beat, beat_timeout: self.beat_timeout, lease: self.lease, spacing: self.fence_spacing }
     }
@@ -152,6 +167,9 @@ impl fmt::Debug for Config {
     }
 }
 
+/// How often the clock thread looks at the lease. Entries may be served for this much longer than the lease.
+pub(crate) const TICK: Duration = Duration::from_millis(10);
+
 const LOADS_MAX: u32 = 4;
 
 /// Connections that were idle for longer than this are tried before they are used. Others are not: it would
@@ -175,11 +193,14 @@ fn default_pool() -> PgPoolOptions {
 pub struct TableOptions {
     /// Entries held, absent ones included, before the least useful are evicted. Default 100,000.
     pub capacity: usize,
+    /// What reads do while the node is not coherent. Of this handle and its clones alone: another handle of the same table
+    /// may have another one. Default: they read Postgres.
+    pub fallback: Fallback,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { capacity: 100_000 }
+        Self { capacity: 100_000, fallback: Fallback::default() }
     }
 }
 
@@ -188,6 +209,13 @@ impl TableOptions {
     #[must_use]
     pub fn capacity(mut self, entries: usize) -> Self {
         self.capacity = entries;
+        self
+    }
+
+    /// With this to do while the node is not coherent.
+    #[must_use]
+    pub fn fallback(mut self, fallback: Fallback) -> Self {
+        self.fallback = fallback;
         self
     }
 }

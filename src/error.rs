@@ -28,6 +28,7 @@ pub(crate) enum Kind {
     Decode,
     Migrate,
     NotTracked,
+    OtherIncarnation,
     Pooler,
     Refused,
     SchemaTooNew,
@@ -35,6 +36,7 @@ pub(crate) enum Kind {
     Standby,
     Table,
     Timeout,
+    Token,
     Unavailable,
 }
 
@@ -74,6 +76,14 @@ impl Error {
     #[must_use]
     pub fn is_not_tracked(&self) -> bool {
         self.0.kind == Kind::NotTracked
+    }
+
+    /// A [`Token`](crate::Token) is of another incarnation of the server than the one that answers: there was a crash, a
+    /// failover, a restore or a restart since, or it is of another database. Its transaction may have been lost. Read
+    /// again with [`Fenced`](crate::Freshness::Fenced) to see what is there now, and drop the token.
+    #[must_use]
+    pub fn is_other_incarnation(&self) -> bool {
+        self.0.kind == Kind::OtherIncarnation
     }
 
     /// The LISTEN connection goes through something that swallows notifications, such as a pooler in
@@ -118,6 +128,12 @@ impl Error {
     #[must_use]
     pub fn is_timeout(&self) -> bool {
         self.0.kind == Kind::Timeout
+    }
+
+    /// A text is no [`Token`](crate::Token), or a token names a transaction that has not ended.
+    #[must_use]
+    pub fn is_token(&self) -> bool {
+        self.0.kind == Kind::Token
     }
 
     /// Postgres cannot be reached, or ended the connection. Worth another try later.

@@ -16,6 +16,8 @@
 //! * Loads of one key never overlap: who asks after an invalidation waits for the running load to end, and then
 //!   gets one that starts after that (X2, X3, X26). A load is never torn down for being overtaken, so a hot key
 //!   under constant load is cached again one load later (X28).
+//! * While the gate is closed no message tells that a running load is out of date. Who needs what is current *now* says so
+//!   ([`Join::Coherent`]), and waits for the next load (X4).
 
 use crate::gate::Word;
 
@@ -36,6 +38,15 @@ enum State {
         /// The key was invalidated since.
         void: bool,
     },
+}
+
+/// Which running load will do for a caller. One that was invalidated never does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Join {
+    /// Any.
+    Running,
+    /// One that began while the gate was open. While it is closed: only one that starts later.
+    Coherent,
 }
 
 /// What a finished load's result may be used for.
@@ -65,10 +76,11 @@ impl<W> Flight<W> {
 
     /// One more caller asks. `live` is the gate now. Returns whether the caller joined others (else it leads
     /// the next load).
-    pub(crate) fn ask(&mut self, caller: W, live: Word) -> bool {
+    pub(crate) fn ask(&mut self, caller: W, live: Word, join: Join) -> bool {
+        let will_do = |word: Word| word == live && (join == Join::Running || word.is_coherent());
         let seats = match self.state {
             State::Queued => &mut self.waiting,
-            State::Running { word, void } if !void && word == live => &mut self.waiting,
+            State::Running { word, void } if !void && will_do(word) => &mut self.waiting,
             State::Running { .. } => &mut self.next,
         };
         seats.push(caller);

@@ -3,13 +3,16 @@
 //! An entry carries the [`Word`] that the gate showed when its load *started*, and is valid only while the gate
 //! still shows it. So one store into the gate drops every entry of the table, and voids every load of it that
 //! is under way (I3). Words are never reused within a node: odd ones mean coherent.
+//!
+//! When a gap closes a gate, it remembers the word that it showed: entries under it are out of date, but it is known
+//! since when, and who asks for old data may have them ([`Fallback::ServeStale`](crate::Fallback)).
 
 use crossbeam_utils::CachePadded;
 
 use crate::sync::{AtomicU64, Ordering};
 
 /// What a gate shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Word(u64);
 
 impl Word {
@@ -31,20 +34,47 @@ impl Words {
 }
 
 /// One table's gate, alone on its cache line: read by every hit, written when doubt begins or ends.
-pub(crate) struct Gate(CachePadded<AtomicU64>);
+pub(crate) struct Gate(CachePadded<Shown>);
+
+struct Shown {
+    word: AtomicU64,
+    /// The word under which entries are held that a gap has put out of service; 0, an even one, if there are none.
+    stale: AtomicU64,
+}
+
+/// What becomes of the entries under the word that a gate showed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Before {
+    /// They were true when the gap began, as far as is known.
+    Stale,
+    /// They are wrong, or not known to be right at any time.
+    Forgotten,
+}
 
 impl Gate {
     /// A gate that serves nothing yet.
     pub(crate) fn closed() -> Self {
-        Self(CachePadded::new(AtomicU64::new(0)))
+        Self(CachePadded::new(Shown { word: AtomicU64::new(0), stale: AtomicU64::new(0) }))
     }
 
     pub(crate) fn word(&self) -> Word {
-        Word(self.0.load(Ordering::Acquire))
+        Word(self.0.word.load(Ordering::Acquire))
+    }
+
+    /// Whether an entry under `word` was put out of service by a gap, and by nothing else.
+    pub(crate) fn is_stale(&self, word: Word) -> bool {
+        word.is_coherent() && self.0.stale.load(Ordering::Acquire) == word.0
     }
 
     /// Only `Tables` calls this, under its lock, so that words are shown in the order they were dealt.
-    pub(crate) fn show(&self, word: Word) {
-        self.0.store(word.0, Ordering::Release);
+    pub(crate) fn show(&self, word: Word, before: Before) {
+        let shown = self.word();
+        match before {
+            Before::Stale if shown.is_coherent() => self.0.stale.store(shown.0, Ordering::Release),
+            // The gap goes on.
+            Before::Stale => {}
+            Before::Forgotten => self.0.stale.store(0, Ordering::Release),
+        }
+        self.0.word.store(word.0, Ordering::Release);
     }
 }

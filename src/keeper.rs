@@ -11,13 +11,13 @@ use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    change, clock,
+    clock,
     coherence::{Boot, Fence, Incarnation, Reason},
     error::{Error, Kind, Result},
     inbox::Item,
     postgres::{
         database_error, is_connection_error,
-        line::{self, Line, Received},
+        line::{self, FENCE, Line, Received},
     },
     shared::Shared,
 };
@@ -127,9 +127,6 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
         // It ended before the state machine knew of it, which then took no notice.
         shared.gap(Reason::ConnectionLost("closed".into()));
     }
-    // What happened to the triggers while nobody listened is found out before anything is trusted.
-    verify_in_time(shared, line).await?;
-    let mut checked_at = clock::now();
     let mut proved = false;
     loop {
         shared.step(|coherence| coherence.tick(clock::now()));
@@ -146,15 +143,9 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
             return if proved { Ok(()) } else { Err(not_proved(shared)) };
         }
         if let Some(fence) = shared.look(|it| it.next_fence(now, Uuid::new_v4())) {
-            send(shared, line, fence).await;
-            continue;
-        }
-        if up && now >= checked_at + shared.config.beat {
-            checked_at = now;
-            if let Err(error) = verify_in_time(shared, line).await {
-                tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
-                shared.gap(Reason::ConnectionLost(full(&error)));
-            }
+            // Together, so that a fence costs one round trip and not two. What happened to the triggers is found out before
+            // anything is trusted: the fence counts only when both are done.
+            tokio::join!(check(shared, line, fence), send(shared, line, fence));
             continue;
         }
         let due = shared.look(|it| it.fence_due().into_iter().chain(it.fence_deadline()).chain(it.lease_end()).min());
@@ -188,8 +179,7 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
     let limit = shared.config.beat_timeout;
     let sending = async {
         if fence.probe {
-            let notify = sqlx::query("select pg_notify($1, $2)");
-            let notify = notify.bind(&shared.own_channel).bind(change::fence_payload(fence.nonce));
+            let notify = sqlx::query(FENCE).bind(&shared.own_channel).bind(fence.nonce.to_string());
             let sent = notify.execute(&shared.pool).await;
             sent.map(|_| true).map_err(|error| database_error("sending a fence through the pool", error))
         } else {
@@ -207,9 +197,16 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
     }
 }
 
-async fn verify_in_time(shared: &Shared, line: &Line) -> Result<()> {
+/// Looks at the triggers on behalf of a fence that was sent, or is being sent.
+async fn check(shared: &Shared, line: &Line, fence: Fence) {
     let late = |_| Err(Error::new(Kind::Timeout, "verifying the triggers of the cached tables took too long"));
-    timeout(shared.config.beat_timeout, verify(shared, line)).await.unwrap_or_else(late)
+    match timeout(shared.config.beat_timeout, verify(shared, line)).await.unwrap_or_else(late) {
+        Ok(()) => shared.step(|coherence| coherence.fence_checked(fence)),
+        Err(error) => {
+            tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
+            shared.gap(Reason::ConnectionLost(full(&error)));
+        }
+    }
 }
 
 /// Holds the triggers of every open table against what they were. A table whose triggers changed is in doubt

@@ -88,7 +88,9 @@ mod coherence;
 mod config;
 mod error;
 mod fill;
+mod freshness;
 mod gate;
+mod horizon;
 mod inbox;
 mod keeper;
 mod key;
@@ -97,6 +99,7 @@ mod node;
 mod postgres;
 mod settings;
 mod shared;
+mod snapshot;
 mod source;
 mod stats;
 mod status;
@@ -105,11 +108,13 @@ mod sync;
 mod table;
 mod tables;
 mod tls;
+mod token;
 
 pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
 pub use config::{Config, TableOptions};
 pub use error::{Error, Result};
+pub use freshness::{Fallback, Freshness};
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
 pub use postgres::{install, migrate};
@@ -118,6 +123,7 @@ pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
 pub use tls::TlsConfig;
+pub use token::Token;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

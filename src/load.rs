@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::{key::Key, shared::Shared, source::Source, store::Runner};
+use crate::{key::Key, shared::Shared, source::Source, store::{Origin, Runner}};
 
 /// Loads until nothing waits. Runs in a task of its own, so that a caller who is cancelled harms nobody.
 pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
@@ -20,8 +20,9 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
         let Some(keys) = runner.take() else { return };
         match source.load(keys).await {
             Ok(loaded) => {
-                let ours = shared.is_ours(loaded.incarnation, gaps) && !loaded.dirty;
-                runner.finish(loaded.rows, ours);
+                let stamp = loaded.stamp;
+                let ours = shared.is_ours(stamp.incarnation, gaps) && !stamp.dirty;
+                runner.finish(loaded.rows, Origin { stamp, ours });
             }
             Err(error) => runner.fail(&error),
         }

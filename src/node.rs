@@ -111,7 +111,7 @@ impl Node {
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             store
         });
-        Ok(Table::new(Arc::clone(&self.0), store, &tracked))
+        Ok(Table::new(Arc::clone(&self.0), store, &tracked, options.fallback))
     }
 
     /// Returns when everything that was committed before this call has been applied on this node.

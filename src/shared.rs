@@ -13,7 +13,6 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
     thread,
-    time::Duration,
 };
 
 use sqlx::PgPool;
@@ -27,13 +26,15 @@ use crate::{
     change::{CHANNEL, Change, Message, Rows},
     clock,
     coherence::{Action, Coherence, Incarnation, Reason},
-    config::Config,
+    config::{Config, TICK},
     error::{Error, Kind, Result},
+    horizon::Horizon,
     inbox::{Inbox, Item},
     postgres::database_error,
     status::{Event, Events, Status},
     sync::{Mutex, lock},
     tables::{Member, Tables},
+    token::{Token, incarnation_id},
 };
 
 /// What the node's tasks and handles share.
@@ -42,6 +43,7 @@ pub(crate) struct Shared {
     pub(crate) pool: PgPool,
     pub(crate) tables: Tables,
     pub(crate) inbox: Inbox,
+    pub(crate) horizon: Horizon,
     /// The channel on which this node sends to itself.
     pub(crate) own_channel: String,
     /// Turns of the loads: at most [`Config::loads_max`] at a time.
@@ -54,6 +56,15 @@ pub(crate) struct Shared {
     progress: watch::Sender<Progress>,
     events: broadcast::Sender<Event>,
     stopping: watch::Sender<bool>,
+}
+
+/// How a wait for a token ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reached {
+    /// The transaction has been applied.
+    Applied,
+    /// The node is not coherent: nobody knows.
+    InDoubt,
 }
 
 /// How far fences have come.
@@ -129,15 +140,13 @@ impl Drop for Handle {
     }
 }
 
-/// How often the clock looks at the lease. Entries may be served for this much longer than the lease.
-const TICK: Duration = Duration::from_millis(10);
-
 impl Shared {
     pub(crate) fn new(config: Config) -> Arc<Self> {
         let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
         Arc::new(Self {
             tables: Tables::default(),
             inbox: Inbox::new(config.inbox_bytes_max),
+            horizon: Horizon::default(),
             own_channel: format!("rowcache:{}", Uuid::new_v4().simple()),
             loads: Semaphore::new(config.loads_max),
             wake: Notify::new(),
@@ -173,9 +182,12 @@ impl Shared {
     }
 
     fn apply_one(&self, item: Item) {
+        self.horizon.applying();
         let cleared = match item {
             Item::Own(payload) => match Message::parse(&payload) {
-                Message::Fence(nonce) => return self.step(|coherence| coherence.fence_applied(nonce)),
+                Message::Fence(nonce, mark) => {
+                    return self.step(|coherence| coherence.fence_applied(nonce, mark));
+                }
                 other => self.apply_message(other),
             },
             Item::Message(payload) => self.apply_message(Message::parse(&payload)),
@@ -208,7 +220,7 @@ impl Shared {
                 cleared
             }
             // A fence on the channel of all nodes is nobody's.
-            Message::Fence(_) => Vec::new(),
+            Message::Fence(..) => Vec::new(),
         }
     }
 
@@ -226,11 +238,17 @@ impl Shared {
         let actions = step(&mut coherence);
         for action in actions {
             match action {
+                Action::Advance => {
+                    if let (Some(as_of), Some(mark)) = (coherence.coherent_as_of(), coherence.mark()) {
+                        self.horizon.advance(as_of, mark.lsn);
+                    }
+                }
                 Action::Open => {
                     self.tables.set_coherent(true);
                     self.tell(Event::Coherent);
                 }
                 Action::Close => {
+                    self.horizon.gap();
                     self.tables.set_coherent(false);
                     if let Some((_, why)) = coherence.bypassed() {
                         self.tell(Event::Gap(why.clone()));
@@ -282,17 +300,52 @@ impl Shared {
         false
     }
 
-    pub(crate) async fn barrier(&self) -> Result<()> {
+    /// Waits for a fence that starts after this call: everything visible now has then been applied.
+    pub(crate) async fn fence(&self) -> Result<(), Reason> {
         let mut progress = self.progress.subscribe();
-        let wanted = self.look(|coherence| coherence.want_fence().map(|fence| (fence, coherence.gaps())));
-        let (fence, gaps) = wanted.map_err(|why| Self::unavailable(&why))?;
+        let (fence, gaps) = self.look(|coherence| coherence.want_fence().map(|fence| (fence, coherence.gaps())))?;
         self.wake.notify_one();
         let done = |progress: &Progress| progress.fence >= fence || progress.gaps != gaps;
         let progress = *progress.wait_for(done).await.expect("the sender is part of self");
-        if progress.gaps == gaps {
-            return Ok(());
+        if progress.gaps == gaps { Ok(()) } else { Err(self.status_reason().unwrap_or(Reason::BeatLate)) }
+    }
+
+    pub(crate) async fn barrier(&self) -> Result<()> {
+        self.fence().await.map_err(|why| Self::unavailable(&why))
+    }
+
+    /// Waits until the transaction that the token names has been applied. What proves it is a fence, never a message
+    /// with that transaction's id: there may be more of them to come (X29), and anybody can send one (I5).
+    pub(crate) async fn reach(&self, token: Token) -> Result<Reached> {
+        for fenced in [false, true] {
+            let (incarnation, seen) = self.look(|coherence| {
+                let seen = coherence.mark().map(|mark| mark.snapshot.sees(token.xid));
+                (coherence.incarnation().filter(|_| coherence.has_line()), seen)
+            });
+            match (incarnation.map(incarnation_id), seen) {
+                (Some(id), _) if id != token.incarnation => return Err(Self::other_incarnation(token)),
+                (Some(_), Some(true)) => return Ok(Reached::Applied),
+                (Some(_), Some(false)) if fenced => {
+                    return Err(Error::new(
+                        Kind::Token,
+                        format!("token {token} names a transaction that has not ended; hand it out after COMMIT"),
+                    ));
+                }
+                (Some(_), Some(false)) if self.fence().await.is_ok() => {}
+                _ => return Ok(Reached::InDoubt),
+            }
         }
-        Err(Self::unavailable(&self.status_reason().unwrap_or(Reason::BeatLate)))
+        Ok(Reached::InDoubt)
+    }
+
+    pub(crate) fn other_incarnation(token: Token) -> Error {
+        Error::new(
+            Kind::OtherIncarnation,
+            format!(
+                "token {token} is of another incarnation of the server than the one that answers: its transaction may \
+                 have been lost; read again without the token"
+            ),
+        )
     }
 
     fn unavailable(why: &Reason) -> Error {
@@ -302,7 +355,10 @@ impl Shared {
 
     pub(crate) fn status(&self) -> Status {
         self.look(|coherence| match (coherence.bypassed(), coherence.coherent_as_of()) {
-            (None, as_of) => Status::Coherent { as_of: clock::instant(as_of.unwrap_or_default()) },
+            (None, as_of) => Status::Coherent {
+                as_of: clock::instant(as_of.unwrap_or_default()),
+                staleness_bound: self.config.staleness_bound(),
+            },
             (Some((since, why)), _) => Status::Bypassed { since: clock::instant(since), why: why.clone() },
         })
     }

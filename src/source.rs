@@ -8,15 +8,30 @@ use crate::{coherence::Incarnation, error::Result};
 pub(crate) trait Source<K, V>: Send + Sync {
     /// Reads the rows of these keys, each key once, in one statement of its own: never inside a transaction
     /// that began earlier, whose snapshot could be older than a change that was already applied.
-    fn load<'a>(&'a self, keys: &'a [K]) -> Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>>;
+    fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V>;
+
+    /// As [`load`](Self::load), but never as more than one statement: the rows are of one snapshot, and a key that the
+    /// database does not take spoils them all.
+    fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V>;
 }
+
+/// A load under way.
+pub(crate) type Loading<'a, V> = Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>>;
 
 /// What one statement read.
 pub(crate) struct Loaded<V> {
     /// One result per key, in the order of the keys. `None`: no such row.
     pub(crate) rows: Vec<Result<Option<V>>>,
+    pub(crate) stamp: Stamp,
+}
+
+/// What a statement says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Stamp {
     /// The server that answered; `None` when it has lost its canary, that is, after a crash or a promotion.
     pub(crate) incarnation: Option<Incarnation>,
     /// The statement saw its own transaction's uncommitted changes (X14).
     pub(crate) dirty: bool,
+    /// The commits that it saw were logged before this position.
+    pub(crate) lsn: u64,
 }

@@ -9,7 +9,7 @@ use crate::sync::{AtomicU64, Ordering};
 
 /// Counters of one table on one node, since the table was opened. They never go back.
 ///
-/// Identities, in every snapshot: `gets = hits + misses` and `misses = led + joined + declined`. When no load
+/// Identities, in every snapshot: `gets = hits + stale + misses` and `misses = led + joined + declined`. When no load
 /// is running, also `loads = published + voided + uncached + failed`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -18,13 +18,17 @@ pub struct Stats {
     pub gets: u64,
     /// Keys answered from memory, absent entries included.
     pub hits: u64,
+    /// Keys answered from memory while the node was not coherent, for callers who allow that.
+    pub stale: u64,
     /// Keys not answered from memory.
     pub misses: u64,
     /// Misses that asked for a load.
     pub led: u64,
     /// Misses that waited for a load somebody else had asked for.
     pub joined: u64,
-    /// Misses that asked for no load: of [`try_get`](crate::Table::try_get), and of keys that no row can have.
+    /// Misses that asked for no load: of [`try_get`](crate::Table::try_get), of keys that no row can have, of reads that
+    /// [`Fallback::Fail`](crate::Fallback::Fail) refused, and of [`snapshot`](crate::Table::snapshot)s, which have their own
+    /// statement.
     pub declined: u64,
     /// Loads of a key that were started.
     pub loads: u64,
@@ -52,6 +56,7 @@ pub struct Stats {
 #[derive(Default)]
 pub(crate) struct Counters {
     hits: Striped,
+    stale: Striped,
     pub(crate) led: Counter,
     pub(crate) joined: Counter,
     pub(crate) declined: Counter,
@@ -70,14 +75,23 @@ impl Counters {
         self.hits.add(1);
     }
 
+    pub(crate) fn hits(&self, n: u64) {
+        self.hits.add(n);
+    }
+
+    pub(crate) fn stale(&self) {
+        self.stale.add(1);
+    }
+
     pub(crate) fn snapshot(&self, entries: u64) -> Stats {
         // Sums are taken here, of counters that were read once: an identity cannot be seen half updated.
-        let hits = self.hits.get();
+        let (hits, stale) = (self.hits.get(), self.stale.get());
         let (led, joined, declined) = (self.led.get(), self.joined.get(), self.declined.get());
         let misses = led + joined + declined;
         Stats {
-            gets: hits + misses,
+            gets: hits + stale + misses,
             hits,
+            stale,
             misses,
             led,
             joined,

@@ -1,6 +1,6 @@
 //! What a node tells: whether it can be trusted, and what happens to it.
 
-use std::{sync::Arc, time::Instant};
+use std::{fmt, sync::Arc, time::{Duration, Instant}};
 
 use tokio::sync::{broadcast, watch};
 
@@ -14,14 +14,35 @@ pub enum Status {
     Coherent {
         /// When the last fence that came back was sent. At most one lease ago.
         as_of: Instant,
+        /// [`Config::staleness_bound`](crate::Config::staleness_bound): no read misses a change that became visible
+        /// longer before it began.
+        staleness_bound: Duration,
     },
-    /// No: every read goes to Postgres, and nothing is cached.
+    /// No: nothing is cached, and reads do what the table's [`Fallback`](crate::Fallback) says; by default, they go to
+    /// Postgres.
     Bypassed {
         /// Since when.
         since: Instant,
         /// Why.
         why: Reason,
     },
+}
+
+impl fmt::Display for Status {
+    /// One line, for a log or a status page.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Coherent { as_of, staleness_bound } => write!(
+                f,
+                "coherent as of {:.1} s ago; reads miss no change older than {:.2} s",
+                as_of.elapsed().as_secs_f64(),
+                staleness_bound.as_secs_f64()
+            ),
+            Self::Bypassed { since, why } => {
+                write!(f, "not coherent for {:.1} s: {why}", since.elapsed().as_secs_f64())
+            }
+        }
+    }
 }
 
 /// Something that happened to a node, in the order in which it was applied.

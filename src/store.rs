@@ -37,10 +37,12 @@ use tokio::sync::oneshot;
 
 use crate::{
     change::RowKey,
+    coherence::Incarnation,
     error::{Error, Kind, Result},
-    fill::{Flight, Verdict},
-    gate::{Gate, Word},
+    fill::{Flight, Join, Verdict},
+    gate::{Before, Gate, Word},
     key::{Key, KeyPart},
+    source::Stamp,
     stats::Counters,
     sync::{Arc, Mutex, MutexGuard, lock},
     tables::Member,
@@ -55,14 +57,27 @@ pub struct Cached<V>(Arc<Entry<V>>);
 pub(crate) struct Entry<V> {
     /// What the gate showed when the load started, if the entry was published.
     word: Word,
+    /// The commits that the load saw were logged before this position.
+    lsn: u64,
     /// `None`: there is no such row.
     value: Option<V>,
+}
+
+impl<V> Entry<V> {
+    pub(crate) fn lsn(&self) -> u64 {
+        self.lsn
+    }
 }
 
 impl<V> Cached<V> {
     /// The row, if the entry is not about an absent one.
     pub(crate) fn new(entry: Arc<Entry<V>>) -> Option<Self> {
         entry.value.is_some().then_some(Self(entry))
+    }
+
+    /// A row that no cache holds.
+    pub(crate) fn loaded(value: Option<V>) -> Option<Self> {
+        Self::new(Arc::new(Entry { word: Word::default(), lsn: 0, value }))
     }
 }
 
@@ -101,7 +116,20 @@ impl<V: PartialEq> PartialEq for Cached<V> {
 impl<V: Eq> Eq for Cached<V> {}
 
 /// What a caller who waits for a load receives.
-pub(crate) type Outcome<V> = Result<Arc<Entry<V>>>;
+pub(crate) type Outcome<V> = Result<Answer<V>>;
+
+/// An entry, and whose it is.
+pub(crate) struct Answer<V> {
+    pub(crate) entry: Arc<Entry<V>>,
+    /// The server that was read, with its rows held for true: `None` if it cannot be told.
+    pub(crate) read: Option<Incarnation>,
+}
+
+impl<V> Clone for Answer<V> {
+    fn clone(&self) -> Self {
+        Self { entry: Arc::clone(&self.entry), read: self.read }
+    }
+}
 
 type Waiter<V> = oneshot::Sender<Outcome<V>>;
 
@@ -173,6 +201,30 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         Some(entry)
     }
 
+    /// As [`lookup`](Self::lookup), but does not count: for callers who count by themselves.
+    pub(crate) fn peek_used(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        self.entries.get(key).filter(|entry| entry.word == self.gate.word())
+    }
+
+    /// The entry of `key` if it may be served, or if a gap put it out of service. Counted as a hit in the first case, and as
+    /// a stale one in the second.
+    pub(crate) fn lookup_stale(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        let entry = self.entries.get(key)?;
+        if entry.word == self.gate.word() {
+            self.counters.hit();
+        } else if self.gate.is_stale(entry.word) {
+            self.counters.stale();
+        } else {
+            return None;
+        }
+        Some(entry)
+    }
+
+    /// Whether entries may be published and served.
+    pub(crate) fn is_coherent(&self) -> bool {
+        self.gate.word().is_coherent()
+    }
+
     /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.
     pub(crate) fn peek(&self, key: &K) -> Option<Arc<Entry<V>>> {
         self.entries.peek(key).filter(|entry| entry.word == self.gate.word())
@@ -180,15 +232,15 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
     /// must be handed to [`enqueue`](Self::enqueue) before anybody waits.
-    pub(crate) fn ask(&self, key: &K, wanted: &mut Vec<K>) -> Asked<V> {
+    pub(crate) fn ask(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> Asked<V> {
         if key.to_parts().iter().any(KeyPart::cannot_exist) {
             self.counters.declined.add(1);
-            return Asked::Hit(Arc::new(Entry { word: self.gate.word(), value: None }));
+            return Asked::Hit(Arc::new(Entry { word: self.gate.word(), lsn: 0, value: None }));
         }
         let (caller, answer) = oneshot::channel();
         let mut flights = self.flights(key);
         let joined = if let Some(flight) = flights.get_mut(key) {
-            flight.ask(caller, self.gate.word())
+            flight.ask(caller, self.gate.word(), join)
         } else {
             // A load may have published between the caller's miss and this lock. Without this second look, two
             // loads of one key could follow one invalidation.
@@ -248,23 +300,25 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Ends the running load of `key`: publishes its result if that is still allowed, and answers all who
     /// waited for it. Returns whether the key must be loaded again.
-    fn finish(&self, key: &K, result: Result<Option<V>>, ours: bool) -> bool {
+    fn finish(&self, key: &K, result: Result<Option<V>>, origin: Origin) -> bool {
         let counters = &self.counters;
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
         let word = self.gate.word();
         let mut evicted = Default::default();
+        let mut removed = None;
         let outcome = result.map(|value| {
-            let entry = Arc::new(Entry { word, value });
-            match flight.verdict(word) {
-                Verdict::Publish if ours => {
-                    self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
-                    counters.published.add(1);
-                }
-                Verdict::Publish | Verdict::Uncached => counters.uncached.add(1),
-                Verdict::Voided => counters.voided.add(1),
+            let entry = Arc::new(Entry { word, lsn: origin.stamp.lsn, value });
+            let verdict = flight.verdict(word);
+            if verdict == Verdict::Publish && origin.ours {
+                self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
+                counters.published.add(1);
+            } else {
+                if verdict == Verdict::Voided { &counters.voided } else { &counters.uncached }.add(1);
+                // What a gap put out of service is older than what is returned here, and must not be served after it.
+                removed = self.entries.remove(key);
             }
-            entry
+            Answer { entry, read: origin.stamp.incarnation }
         });
         if outcome.is_err() {
             counters.failed.add(1);
@@ -278,7 +332,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             // A caller who was cancelled no longer listens, which harms nobody.
             let _ = caller.send(outcome.clone());
         }
-        drop(evicted);
+        drop((evicted, removed));
         landing.again
     }
 }
@@ -294,22 +348,30 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         true
     }
 
-    fn show(&self, word: Word) {
+    fn show(&self, word: Word, before: Before) {
         if self.gate.word().is_coherent() {
             self.counters.clears.add(1);
         }
-        self.gate.show(word);
+        self.gate.show(word, before);
     }
 
     fn reclaim(&self) {
         // Not `clear`: what has been loaded since is alive. `remove_if` reclaims here, it does not invalidate: the gate
         // has done that. Key by key, so that no reader waits for long, and values are dropped under no lock.
-        let is_dead = |entry: &Arc<Entry<V>>| entry.word != self.gate.word();
+        let is_dead = |entry: &Arc<Entry<V>>| entry.word != self.gate.word() && !self.gate.is_stale(entry.word);
         let dead: Vec<K> = self.entries.iter().filter(|(_, entry)| is_dead(entry)).map(|(key, _)| key).collect();
         for key in dead {
             drop(self.entries.remove_if(&key, is_dead));
         }
     }
+}
+
+/// Where a batch of rows comes from.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Origin {
+    pub(crate) stamp: Stamp,
+    /// They are from the server that the node listens to, and committed.
+    pub(crate) ours: bool,
 }
 
 /// The right to load keys of one table: at most [`Limits::runners_max`] exist at a time.
@@ -344,13 +406,12 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
         Some(self.batch.make_contiguous())
     }
 
-    /// Ends the loads of the batch, with one result per key in the order of the keys. `ours`: the rows came
-    /// from the server that the node listens to.
-    pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, ours: bool) {
+    /// Ends the loads of the batch, with one result per key in the order of the keys.
+    pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, origin: Origin) {
         for result in results {
             // Key by key: should the `Drop` of a value panic, the rest of the batch is ended by our own `Drop`.
             let key = self.batch.pop_front().expect("one result per key");
-            if self.store.finish(&key, result, ours) {
+            if self.store.finish(&key, result, origin) {
                 lock(&self.store.queue).keys.push_back(key);
             }
         }
@@ -360,7 +421,7 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     /// Ends the loads of the batch with one error for all.
     pub(crate) fn fail(&mut self, error: &Error) {
         let failures: Vec<_> = self.batch.iter().map(|_| Err(error.clone())).collect();
-        self.finish(failures, false);
+        self.finish(failures, Origin::default());
     }
 }
 

@@ -5,7 +5,10 @@
 //! as Postgres has it. Checked in every schedule:
 //!
 //! * no read returns a version older than one whose message had been applied when the read began (I2);
-//! * a read that begins after another of the same key ended never returns an older version;
+//! * a read that begins after another of the same key ended never returns an older version, also if it may be
+//!   answered by what a gap has put out of service;
+//! * a read that asks for what is current while the gate is closed returns nothing older than the database was when it
+//!   began (X4);
 //! * when all is quiet and the channel is drained, whatever is held equals the database (I1);
 //! * nobody waits for ever (the model checker reports a deadlock).
 //!
@@ -23,6 +26,8 @@ use crate::{
 };
 
 const KEYS: usize = 2;
+
+const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true };
 
 struct World {
     store: Arc<Store<i64, u64>>,
@@ -45,8 +50,18 @@ struct Plan {
     capacity: usize,
     clears: bool,
     gaps: bool,
+    /// Some readers take what a gap has put out of service, and some ask for what is current.
+    moods: bool,
     /// Loads fail, runners die and callers are cancelled, now and then.
     accidents: bool,
+}
+
+/// What a reader asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mood {
+    Coherent,
+    Stale,
+    Current,
 }
 
 impl World {
@@ -118,19 +133,25 @@ impl World {
                 _ => {
                     let rows = *lock(&self.database);
                     thread::yield_now();
-                    runner.finish(keys.iter().map(|key| Ok(Some(rows[usize::try_from(*key).unwrap()]))), true);
+                    runner.finish(keys.iter().map(|key| Ok(Some(rows[usize::try_from(*key).unwrap()]))), OURS);
                 }
             }
         }
     }
 
-    fn get(self: &Arc<Self>, key: usize, accidents: bool) {
-        let at_least = lock(&self.applied)[key].max(lock(&self.returned)[key]);
+    fn get(self: &Arc<Self>, key: usize, mood: Mood, accidents: bool) {
+        let mut at_least = lock(&self.applied)[key].max(lock(&self.returned)[key]);
+        let current = lock(&self.database)[key];
+        if mood == Mood::Current && !self.store.is_coherent() {
+            at_least = at_least.max(current);
+        }
         let name = i64::try_from(key).unwrap();
-        let entry = self.store.lookup(&name).map_or_else(
+        let held = if mood == Mood::Stale { self.store.lookup_stale(&name) } else { self.store.lookup(&name) };
+        let entry = held.map_or_else(
             || {
                 let mut wanted = Vec::new();
-                let asked = self.store.ask(&name, &mut wanted);
+                let join = if mood == Mood::Current { Join::Coherent } else { Join::Running };
+                let asked = self.store.ask(&name, join, &mut wanted);
                 for runner in self.store.enqueue(wanted) {
                     let world = Arc::clone(self);
                     thread::spawn(move || world.run(runner, accidents));
@@ -138,7 +159,7 @@ impl World {
                 match asked {
                     Asked::Hit(entry) => Some(entry),
                     Asked::Wait(_) if accidents && shuttle::rand::thread_rng().gen_range(0..8) == 0 => None,
-                    Asked::Wait(wait) => block_on(wait).expect("every caller is answered").ok(),
+                    Asked::Wait(wait) => block_on(wait).expect("every caller is answered").ok().map(|answer| answer.entry),
                 }
             },
             Some,
@@ -159,7 +180,12 @@ fn scenario(plan: Plan) {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || {
             for turn in 0..2 {
-                world.get((reader + turn) % KEYS, plan.accidents);
+                let mood = match (plan.moods, reader) {
+                    (true, 1) => Mood::Stale,
+                    (true, 2) => Mood::Current,
+                    _ => Mood::Coherent,
+                };
+                world.get((reader + turn) % KEYS, mood, plan.accidents);
             }
         }));
     }
@@ -189,7 +215,7 @@ fn scenario(plan: Plan) {
         if let Some(entry) = world.store.peek(&i64::try_from(key).unwrap()) {
             assert_eq!(entry.value, Some(*version), "key {key} is stale for ever");
         }
-        world.get(key, false);
+        world.get(key, Mood::Coherent, false);
     }
     if !plan.clears && !plan.gaps && !plan.accidents {
         // Each key: one load for the first reader, and one after each of its changes.
@@ -204,7 +230,7 @@ fn check(plan: Plan) {
     shuttle::check_pct(move || scenario(plan), iterations, 3);
 }
 
-const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, accidents: false };
+const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, moods: false, accidents: false };
 
 #[test]
 fn shuttle_reads_against_changes() {
@@ -219,6 +245,11 @@ fn shuttle_reads_against_clears() {
 #[test]
 fn shuttle_reads_against_gaps() {
     check(Plan { gaps: true, ..CALM });
+}
+
+#[test]
+fn shuttle_old_and_current_reads_against_gaps() {
+    check(Plan { gaps: true, moods: true, ..CALM });
 }
 
 #[test]

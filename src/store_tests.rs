@@ -3,6 +3,8 @@
 use super::*;
 use crate::gate::Words;
 
+const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true };
+
 type Wait = oneshot::Receiver<Outcome<&'static str>>;
 type Users = Arc<Store<i64, &'static str>>;
 
@@ -21,13 +23,13 @@ fn fixture() -> Fixture {
 impl Fixture {
     /// Moves the gate, as a new epoch or a clear does.
     fn turn(&mut self, coherent: bool) {
-        self.store.show(self.words.fresh(coherent));
+        self.store.show(self.words.fresh(coherent), Before::Forgotten);
     }
 
     /// One caller asks for keys that must all miss.
     fn ask(&self, keys: &[i64]) -> (Vec<Wait>, Vec<Runner<i64, &'static str>>) {
         let mut wanted = Vec::new();
-        let waits = keys.iter().map(|key| match self.store.ask(key, &mut wanted) {
+        let waits = keys.iter().map(|key| match self.store.ask(key, Join::Running, &mut wanted) {
             Asked::Wait(wait) => wait,
             Asked::Hit(_) => panic!("{key} was held"),
         });
@@ -41,7 +43,7 @@ impl Fixture {
 }
 
 fn value(wait: &mut Wait) -> Option<&'static str> {
-    wait.try_recv().expect("answered").expect("loaded").value
+    wait.try_recv().expect("answered").expect("loaded").entry.value
 }
 
 #[test]
@@ -54,7 +56,7 @@ fn a_load_answers_all_who_joined_and_is_published() {
     assert_eq!(runner.take(), Some(&[1][..]));
     let (mut third, none) = fixture.ask(&[1]);
     assert!(none.is_empty());
-    runner.finish([Ok(Some("ada"))], true);
+    runner.finish([Ok(Some("ada"))], OURS);
     for wait in [&mut first[0], &mut second[0], &mut third[0]] {
         assert_eq!(value(wait), Some("ada"));
     }
@@ -71,7 +73,7 @@ fn absent_rows_are_held_and_an_invalidation_forgets_them() {
     let fixture = fixture();
     let (mut wait, mut runners) = fixture.ask(&[1]);
     runners[0].take();
-    runners[0].finish([Ok(None)], true);
+    runners[0].finish([Ok(None)], OURS);
     assert_eq!(value(&mut wait[0]), None);
     assert_eq!(fixture.held(1), Some(None));
     fixture.store.invalidate(&1);
@@ -87,12 +89,12 @@ fn x1_an_invalidation_during_a_load_voids_it_for_those_who_come_later() {
     fixture.store.invalidate(&1);
     let (mut after, none) = fixture.ask(&[1]);
     assert!(none.is_empty(), "loads of one key do not overlap");
-    runner.finish([Ok(Some("old"))], true);
+    runner.finish([Ok(Some("old"))], OURS);
     assert_eq!(value(&mut before[0]), Some("old"), "who asked before the change gets what was read");
     assert_eq!(fixture.held(1), None, "it is never cached");
     assert!(after[0].try_recv().is_err(), "who came after waits for a load of its own");
     assert_eq!(runner.take(), Some(&[1][..]));
-    runner.finish([Ok(Some("new"))], true);
+    runner.finish([Ok(Some("new"))], OURS);
     assert_eq!(value(&mut after[0]), Some("new"));
     assert_eq!(fixture.held(1), Some(Some("new")));
     let stats = fixture.store.counters.snapshot(0);
@@ -105,7 +107,7 @@ fn an_invalidation_of_a_queued_key_voids_nothing() {
     let (_wait, mut runners) = fixture.ask(&[1]);
     fixture.store.invalidate(&1);
     runners[0].take();
-    runners[0].finish([Ok(Some("new"))], true);
+    runners[0].finish([Ok(Some("new"))], OURS);
     assert_eq!(fixture.held(1), Some(Some("new")));
 }
 
@@ -116,7 +118,7 @@ fn x8_a_load_that_began_before_a_clear_is_not_published_after_it() {
     runners[0].take();
     fixture.turn(true);
     let (mut after, _) = fixture.ask(&[1]);
-    runners[0].finish([Ok(Some("old"))], true);
+    runners[0].finish([Ok(Some("old"))], OURS);
     assert_eq!(value(&mut before[0]), Some("old"));
     assert_eq!(fixture.held(1), None);
     assert!(after[0].try_recv().is_err());
@@ -128,7 +130,7 @@ fn a_clear_forgets_what_is_held_at_once() {
     let mut fixture = fixture();
     let (_wait, mut runners) = fixture.ask(&[1, 2]);
     runners[0].take();
-    runners[0].finish([Ok(Some("ada")), Ok(None)], true);
+    runners[0].finish([Ok(Some("ada")), Ok(None)], OURS);
     fixture.turn(true);
     assert_eq!((fixture.held(1), fixture.held(2)), (None, None));
     assert!(fixture.store.lookup(&1).is_none());
@@ -139,11 +141,11 @@ fn reclaiming_frees_what_a_clear_left_and_nothing_loaded_since() {
     let mut fixture = fixture();
     let (_wait, mut runners) = fixture.ask(&[1, 2]);
     runners[0].take();
-    runners[0].finish([Ok(Some("old")), Ok(Some("old"))], true);
+    runners[0].finish([Ok(Some("old")), Ok(Some("old"))], OURS);
     fixture.turn(true);
     let (_wait, _) = fixture.ask(&[1]);
     runners[0].take();
-    runners[0].finish([Ok(Some("new"))], true);
+    runners[0].finish([Ok(Some("new"))], OURS);
     assert_eq!(fixture.store.len(), 2);
     fixture.store.reclaim();
     assert_eq!(fixture.store.len(), 1);
@@ -155,14 +157,14 @@ fn nothing_is_cached_or_served_while_not_coherent() {
     let mut fixture = fixture();
     let (_wait, mut runners) = fixture.ask(&[1]);
     runners[0].take();
-    runners[0].finish([Ok(Some("ada"))], true);
+    runners[0].finish([Ok(Some("ada"))], OURS);
     runners[0].take();
     fixture.turn(false);
     assert_eq!(fixture.held(1), None);
     let (mut first, mut runners) = fixture.ask(&[1]);
     runners[0].take();
     let (mut second, _) = fixture.ask(&[1]);
-    runners[0].finish([Ok(Some("bea"))], true);
+    runners[0].finish([Ok(Some("bea"))], OURS);
     assert_eq!(value(&mut first[0]), Some("bea"));
     assert_eq!(value(&mut second[0]), Some("bea"), "loads are shared all the same");
     fixture.turn(true);
@@ -175,7 +177,7 @@ fn x6_rows_of_another_server_are_returned_but_not_cached() {
     let fixture = fixture();
     let (mut wait, mut runners) = fixture.ask(&[1]);
     runners[0].take();
-    runners[0].finish([Ok(Some("ada"))], false);
+    runners[0].finish([Ok(Some("ada"))], Origin::default());
     assert_eq!(value(&mut wait[0]), Some("ada"));
     assert_eq!(fixture.held(1), None);
     assert_eq!(fixture.store.counters.snapshot(0).uncached, 1);
@@ -204,7 +206,7 @@ fn x17_a_cancelled_caller_harms_nobody() {
     drop(cancelled);
     let (mut other, _) = fixture.ask(&[1]);
     runners[0].take();
-    runners[0].finish([Ok(Some("ada"))], true);
+    runners[0].finish([Ok(Some("ada"))], OURS);
     assert_eq!(value(&mut other[0]), Some("ada"));
     assert_eq!(fixture.held(1), Some(Some("ada")), "the load was worth finishing");
 }
@@ -233,6 +235,64 @@ fn waiting_keys_go_out_together_within_the_limits() {
     assert_eq!(runners[1].take(), Some(&[4, 5, 6][..]));
     let (_more, none) = fixture.ask(&[8]);
     assert!(none.is_empty(), "no more than two queries at a time");
-    runners[0].finish([Ok(None), Ok(None), Ok(None)], true);
+    runners[0].finish([Ok(None), Ok(None), Ok(None)], OURS);
     assert_eq!(runners[0].take(), Some(&[7, 8][..]));
+}
+
+#[test]
+fn a_gap_puts_entries_out_of_service_and_only_those_who_ask_for_old_ones_get_them() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1, 2]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada")), Ok(None)], OURS);
+    let gap = fixture.words.fresh(false);
+    fixture.store.show(gap, Before::Stale);
+    assert!(fixture.store.lookup(&1).is_none() && fixture.store.peek(&1).is_none());
+    let stale = |fixture: &Fixture, key| fixture.store.lookup_stale(&key).map(|entry| entry.value);
+    assert_eq!((stale(&fixture, 1), stale(&fixture, 2), stale(&fixture, 3)), (Some(Some("ada")), Some(None), None));
+    // The gap goes on: another attempt to come back has failed.
+    let gap = fixture.words.fresh(false);
+    fixture.store.show(gap, Before::Stale);
+    fixture.store.reclaim();
+    assert_eq!(stale(&fixture, 1), Some(Some("ada")));
+    // Whoever reads the database meanwhile has seen the present, after which nobody may get the past.
+    let (mut wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("eve"))], OURS);
+    assert_eq!(value(&mut wait[0]), Some("eve"));
+    assert_eq!(stale(&fixture, 1), None);
+    let stats = fixture.store.counters.snapshot(0);
+    assert_eq!((stats.stale, stats.uncached), (3, 1));
+    fixture.turn(true);
+    assert_eq!(stale(&fixture, 2), None, "what was held before the gap is not known to be right");
+}
+
+#[test]
+fn what_is_cleared_is_not_even_old() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada"))], OURS);
+    let gap = fixture.words.fresh(false);
+    fixture.store.show(gap, Before::Stale);
+    fixture.turn(false);
+    assert!(fixture.store.lookup_stale(&1).is_none());
+}
+
+#[test]
+fn x4_who_needs_what_is_current_does_not_join_a_load_while_no_message_could_void_it() {
+    let mut fixture = fixture();
+    fixture.turn(false);
+    let (mut before, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    let mut wanted = Vec::new();
+    let Asked::Wait(mut current) = fixture.store.ask(&1, Join::Coherent, &mut wanted) else { panic!() };
+    let Asked::Wait(mut any) = fixture.store.ask(&1, Join::Running, &mut wanted) else { panic!() };
+    assert!(wanted.is_empty(), "loads of one key do not overlap");
+    runners[0].finish([Ok(Some("old"))], OURS);
+    assert_eq!((value(&mut before[0]), value(&mut any)), (Some("old"), Some("old")));
+    assert!(current.try_recv().is_err());
+    runners[0].take();
+    runners[0].finish([Ok(Some("new"))], OURS);
+    assert_eq!(value(&mut current), Some("new"));
 }

@@ -15,6 +15,7 @@ use sqlx::postgres::PgRow;
 use crate::{
     change::{Change, RowKey, Rows as ChangedRows},
     error::{Error, Kind, Result},
+    freshness::{Fallback, Freshness},
     key::{self, Key},
     load,
     postgres::{catalog::TrackedTable, rows::Rows},
@@ -22,7 +23,7 @@ use crate::{
     source::Source,
     stats::Stats,
     status::Status,
-    store::{Asked, Cached, Entry, Outcome, Store},
+    store::{Answer, Asked, Cached, Entry, Outcome, Store},
 };
 
 /// A type that a row can be turned into: whatever implements [`sqlx::FromRow`] for Postgres and can be shared
@@ -38,8 +39,9 @@ impl<V: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'static> FromRo
 pub struct Table<K: Key, V: FromRow> {
     /// Keeps the node alive.
     handle: Arc<Handle>,
-    store: Arc<Store<K, V>>,
-    source: Arc<dyn Source<K, V>>,
+    pub(crate) store: Arc<Store<K, V>>,
+    pub(crate) source: Arc<dyn Source<K, V>>,
+    pub(crate) fallback: Fallback,
     name: Arc<str>,
 }
 
@@ -80,13 +82,18 @@ impl<V> Lookup<V> {
 }
 
 impl<K: Key, V: FromRow> Table<K, V> {
-    pub(crate) fn new(handle: Arc<Handle>, store: Arc<Store<K, V>>, tracked: &TrackedTable) -> Self {
+    pub(crate) fn new(
+        handle: Arc<Handle>,
+        store: Arc<Store<K, V>>,
+        tracked: &TrackedTable,
+        fallback: Fallback,
+    ) -> Self {
         let shared = &handle.shared;
         let judge = Arc::clone(shared);
         // Without a line nobody knows which server is the right one.
         let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
         let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout, ours));
-        Self { store, source, name: tracked.name.as_str().into(), handle }
+        Self { store, source, fallback, name: tracked.name.as_str().into(), handle }
     }
 
     /// The row with this key: from memory if it is held, else from Postgres. `None`: there is no such row.
@@ -95,7 +102,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// Once this node has applied the notification of a commit, a call that starts later does not return data
     /// from before it; nor does it return data older than an earlier call for this key returned. While the node
-    /// is not coherent, every call reads Postgres, or waits for a load of the key that is under way, and nothing is kept.
+    /// is not coherent, every call reads Postgres, or waits for a load of the key that is under way, and nothing is kept;
+    /// [`Fallback`] has other choices. [`get_with`](Self::get_with) asks for fresher data.
     ///
     /// # Errors
     ///
@@ -117,7 +125,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     }
 
     /// The rows with these keys, in the order of the keys; those not held are read with as few statements as
-    /// the limits allow. Rows may come from different moments.
+    /// the limits allow. Rows may come from different moments; those of
+    /// [`snapshot`](Self::snapshot) do not.
     ///
     /// # Errors
     ///
@@ -127,20 +136,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// As [`get`](Self::get).
     pub async fn get_many(&self, keys: &[K]) -> Result<Vec<Option<Cached<V>>>> {
-        let mut wanted = Vec::new();
-        let asked: Vec<_> = keys
-            .iter()
-            .map(|key| match self.store.lookup(key) {
-                Some(entry) => Asked::Hit(entry),
-                None => self.store.ask(key, &mut wanted),
-            })
-            .collect();
-        self.start_loads(wanted);
-        let mut rows = Vec::with_capacity(keys.len());
-        for (key, asked) in keys.iter().zip(asked) {
-            rows.push(Cached::new(self.answer(key, asked).await?));
-        }
-        Ok(rows)
+        self.get_many_with(keys, Freshness::Coherent).await
     }
 
     /// What is known about this key; never loads. Counts as a get.
@@ -217,22 +213,23 @@ impl<K: Key, V: FromRow> Table<K, V> {
 
     #[cold]
     async fn load(&self, key: &K) -> Result<Option<Cached<V>>> {
-        let mut wanted = Vec::new();
-        let asked = self.store.ask(key, &mut wanted);
-        self.start_loads(wanted);
-        self.answer(key, asked).await.map(Cached::new)
+        self.read(key, self.coherent_terms()?).await
     }
 
-    fn start_loads(&self, wanted: Vec<K>) {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.handle.shared
+    }
+
+    pub(crate) fn start_loads(&self, wanted: Vec<K>) {
         for runner in self.store.enqueue(wanted) {
             let shared = Arc::clone(&self.handle.shared);
             tokio::spawn(load::run(runner, Arc::clone(&self.source), shared));
         }
     }
 
-    async fn answer(&self, key: &K, asked: Asked<V>) -> Outcome<V> {
+    pub(crate) async fn answer(&self, key: &K, asked: Asked<V>) -> Outcome<V> {
         match asked {
-            Asked::Hit(entry) => Ok(entry),
+            Asked::Hit(entry) => Ok(Answer { entry, read: None }),
             Asked::Wait(answer) => answer.await.unwrap_or_else(|_| {
                 let key = key::display(&key.to_parts());
                 Err(Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name)))
@@ -247,6 +244,7 @@ impl<K: Key, V: FromRow> Clone for Table<K, V> {
             handle: Arc::clone(&self.handle),
             store: Arc::clone(&self.store),
             source: Arc::clone(&self.source),
+            fallback: self.fallback,
             name: Arc::clone(&self.name),
         }
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::{
     change::{Change, RowKey, Rows},
     coherence::Boot,
-    gate::{Word, Words},
+    gate::{Before, Word, Words},
     sync::{Arc, Mutex, lock},
 };
 
@@ -15,7 +15,7 @@ pub(crate) trait Member: Send + Sync {
     fn invalidate(&self, keys: &[RowKey]) -> bool;
 
     /// Moves the gate: forgets everything, at once.
-    fn show(&self, word: Word);
+    fn show(&self, word: Word, before: Before);
 
     /// Frees the memory of entries that the gate has made unreachable.
     fn reclaim(&self);
@@ -52,12 +52,16 @@ struct Table {
 
 impl Inner {
     fn clear(&mut self, table: Option<&str>) -> Vec<Arc<dyn Member>> {
+        self.turn(table, Before::Forgotten)
+    }
+
+    fn turn(&mut self, table: Option<&str>, before: Before) -> Vec<Arc<dyn Member>> {
         let mut cleared = Vec::new();
         for (name, entry) in &self.by_name {
             if table.is_none_or(|table| table == name) {
                 let word = self.words.fresh(self.coherent && entry.suspect.is_none());
                 for member in &entry.members {
-                    member.show(word);
+                    member.show(word, before);
                     cleared.push(Arc::clone(member));
                 }
             }
@@ -78,7 +82,7 @@ impl Tables {
         table.members.push(Arc::clone(member));
         let coherent = inner.coherent && trusted;
         let word = inner.words.fresh(coherent);
-        member.show(word);
+        member.show(word, Before::Forgotten);
     }
 
     /// Applies a change that was received: when this returns, no entry that it touched can be served. Returns
@@ -101,11 +105,12 @@ impl Tables {
         lock(&self.0).clear(table)
     }
 
-    /// The node became coherent, or ceased to be: entries from before are forgotten either way.
+    /// The node became coherent, or ceased to be: entries from before are not served either way, except to those who
+    /// ask for old ones while it is not.
     pub(crate) fn set_coherent(&self, coherent: bool) {
         let mut inner = lock(&self.0);
         inner.coherent = coherent;
-        inner.clear(None);
+        inner.turn(None, if coherent { Before::Forgotten } else { Before::Stale });
     }
 
     /// Since when, and why, this table is in doubt, if it is.

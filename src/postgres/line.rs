@@ -26,7 +26,7 @@ use tokio_postgres::{AsyncMessage, Client, Connection, Statement, error::SqlStat
 use uuid::Uuid;
 
 use crate::{
-    change::{self, CHANNEL},
+    change::CHANNEL,
     coherence::{Fence, Incarnation},
     config::Config,
     error::{Error, Kind, Result},
@@ -44,6 +44,14 @@ const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
 const SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; \
      set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3";
 
+/// Sends a fence: to this channel, with this nonce. The grammar of the message is in `change.rs`. Very many running
+/// transactions would not fit into a message: then none that began after the oldest of them counts as ended.
+pub(crate) const FENCE: &str = "select pg_catalog.pg_notify($1, pg_catalog.json_build_object('v', 1, 'f', $2::text, \
+     's', case when octet_length(s) < 6000 then s else split_part(s, ':', 1) || ':' || split_part(s, ':', 1) || ':' end, \
+     'l', l)::text) \
+     from (select pg_catalog.pg_current_snapshot()::text, \
+         (pg_catalog.pg_current_wal_insert_lsn() - '0/0'::pg_catalog.pg_lsn)::bigint) as now(s, l)";
+
 /// Something that the line received.
 pub(crate) enum Received {
     /// A message of the channel that all nodes listen to.
@@ -59,6 +67,7 @@ pub(crate) struct Line {
     /// Says nothing any more, but dropping it would end its connection.
     _listener: Client,
     phase: Arc<Phase>,
+    fence: Statement,
     fingerprints: Statement,
     describe: Statement,
     tasks: [JoinHandle<()>; 2],
@@ -125,6 +134,10 @@ pub(crate) async fn open(
     let lock_timeout = (config.beat_timeout / 3).as_millis().clamp(1, 1_000_000);
     let set = format!("{SETTINGS}; set lock_timeout = {lock_timeout}");
     control.batch_execute(&set).await.map_err(|error| setup_error("setting up the control session failed", error))?;
+    let fence = control
+        .prepare_typed(FENCE, &[Type::TEXT, Type::TEXT])
+        .await
+        .map_err(|error| setup_error("preparing the fence failed", error))?;
     let fingerprints = "select name, fingerprint from rowcache.fingerprints($1)";
     let fingerprints = control
         .prepare_typed(fingerprints, &[Type::TEXT_ARRAY])
@@ -137,7 +150,7 @@ pub(crate) async fn open(
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
-    Ok(Line { incarnation, control, _listener: listener, phase, fingerprints, describe, tasks: [listening, sending] })
+    Ok(Line { incarnation, control, _listener: listener, phase, fence, fingerprints, describe, tasks: [listening, sending] })
 }
 
 /// One session; its task calls `received` and `lost`.
@@ -236,8 +249,7 @@ impl Line {
 
     /// Sends a fence. `Ok(false)`: it waited too long for the lock that orders commits, and was not sent.
     pub(crate) async fn send(&self, channel: &str, fence: Fence) -> Result<bool> {
-        let payload = change::fence_payload(fence.nonce);
-        match self.control.execute("select pg_notify($1, $2)", &[&channel, &payload]).await {
+        match self.control.execute(&self.fence, &[&channel, &fence.nonce.to_string()]).await {
             Ok(_) => Ok(true),
             Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(false),
             Err(error) => Err(setup_error("sending a fence failed", error)),

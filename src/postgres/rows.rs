@@ -6,10 +6,8 @@
 use std::{
     any::Any,
     collections::HashMap,
-    future::Future,
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
     time::Duration,
 };
 
@@ -25,7 +23,7 @@ use crate::{
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
     postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error},
-    source::{Loaded, Source},
+    source::{Loaded, Loading, Source, Stamp},
 };
 
 /// Loads rows of one table into values of type `V`.
@@ -41,8 +39,8 @@ pub(crate) struct Rows<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// Canary, start of the server, dirty.
-const STAMP_COLUMNS: usize = 3;
+/// Canary, start of the server, dirty, position in the log.
+const STAMP_COLUMNS: usize = 4;
 
 /// A connection that was found dead is replaced by another one this often.
 const TRIES: usize = 3;
@@ -59,7 +57,7 @@ impl<K: Key, V> Rows<K, V> {
             columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
         let select = format!(
             "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
-             s.dirty as \"rowcache.dirty\" from rowcache.stamp s left join "
+             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from rowcache.stamp s left join "
         );
         let name = &table.name;
         let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = ${}", n + 1)).collect();
@@ -96,7 +94,7 @@ where
     K: Key,
     V: for<'r> FromRow<'r, PgRow> + Send + Unpin + 'static,
 {
-    fn load<'a>(&'a self, keys: &'a [K]) -> Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>> {
+    fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
         Box::pin(async move {
             let deadline = Instant::now() + self.timeout;
             match self.load_together(keys, deadline).await {
@@ -105,6 +103,10 @@ where
                 outcome => outcome,
             }
         })
+    }
+
+    fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        Box::pin(self.load_together(keys, Instant::now() + self.timeout))
     }
 }
 
@@ -115,15 +117,16 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     }
 
     async fn load_one_by_one(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
-        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), incarnation: None, dirty: false };
+        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), stamp: Stamp::default() };
         for key in keys {
             match self.load_together(std::slice::from_ref(key), deadline).await {
                 Ok(one) => {
                     // The weakest of the stamps stands for all: one that is not ours spoils the lot.
-                    if all.rows.iter().all(Result::is_err) || !(self.ours)(one.incarnation) {
-                        all.incarnation = one.incarnation;
+                    if all.rows.iter().all(Result::is_err) || !(self.ours)(one.stamp.incarnation) {
+                        all.stamp.incarnation = one.stamp.incarnation;
                     }
-                    all.dirty |= one.dirty;
+                    all.stamp.dirty |= one.stamp.dirty;
+                    all.stamp.lsn = all.stamp.lsn.max(one.stamp.lsn);
                     all.rows.extend(one.rows);
                 }
                 Err(error) => all.rows.push(Err(error)),
@@ -232,7 +235,8 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
         let first = rows.first().ok_or_else(|| self.broken("the statement returned no row"))?;
         let stamp = |error| database_error(&format!("reading the stamp of {}", self.table), error);
-        let dirty: bool = first.try_get("rowcache.dirty").map_err(stamp)?;
+        let dirty = first.try_get("rowcache.dirty").map_err(stamp)?;
+        let lsn = first.try_get::<i64, _>("rowcache.lsn").map_err(stamp)?.cast_unsigned();
         let mut found = HashMap::with_capacity(rows.len());
         for row in rows {
             let Some(key) = self.key_of(row)? else { continue };
@@ -248,8 +252,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         }
         Ok(Loaded {
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
-            incarnation: incarnation(first),
-            dirty,
+            stamp: Stamp { incarnation: incarnation(first), dirty, lsn },
         })
     }
 
@@ -257,7 +260,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     fn key_of(&self, row: &PgRow) -> Result<Option<K>> {
         let read = |error| database_error(&format!("reading the key of {}", self.table), error);
         let types = &self.key_types;
-        // The statement ends with the key columns and the three columns of the stamp.
+        // The statement ends with the key columns and those of the stamp.
         let first = row.len() - types.len() - STAMP_COLUMNS;
         let mut parts = Vec::with_capacity(types.len());
         for (column, of) in (first..).zip(types) {

@@ -1,0 +1,305 @@
+//! Reads that ask for more than the promise, or for less, and what reads do while the node is not coherent.
+//!
+//! ```text
+//! get_with ── terms: wait for a fence or not; may old entries answer; which running loads will do
+//!     └ read ── held, and allowed by the terms ──→ the entry
+//!          └ else ask the store, as `get` does
+//! ```
+//!
+//! What each level promises is a lemma; `docs/design.md` has the arguments.
+
+use std::{collections::HashMap, time::Duration};
+
+use crate::{
+    clock,
+    error::{Error, Kind, Result},
+    fill::Join,
+    key::Key,
+    shared::{Reached, Shared},
+    store::{Answer, Asked, Cached},
+    table::{FromRow, Table},
+    token::{Token, incarnation_id},
+};
+
+/// How fresh the data of one read must be. `W` below is any commit that changed the row.
+///
+/// All but [`Any`](Self::Any) also keep the promise of [`Table::get`]: a `W` that this node has applied is in what a
+/// later read returns, and reads of a key, one after the other, do not go back in time (in the exceptional case of reads of
+/// old data while the node is not coherent, they do not go back behind what a read from Postgres has returned).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Freshness {
+    /// What [`Table::get`] returns: each `W` that became visible more than [the staleness
+    /// bound](crate::Config::staleness_bound) before the read began is in the result; in practice, each older than the time a
+    /// notification takes.
+    ///
+    /// *Costs* nothing. *While the node is not coherent:* as the table's [`Fallback`] says.
+    #[default]
+    Coherent,
+    /// Each `W` that became visible more than this long before the read began is in the result. Counted by the clock at the
+    /// time of the read, so it holds to the instant, also right after a suspended process went on.
+    ///
+    /// *Costs* a look at the clock; a fence as of [`Fenced`](Self::Fenced) if the last one is older. *While the node is
+    /// not coherent:* what was held when that began answers until it is this old; then Postgres.
+    Within(Duration),
+    /// Linearizable: each `W` that was visible before the read began is in the result, whoever committed it and wherever.
+    ///
+    /// *Costs* waiting for a fence that starts after the call: one round trip to Postgres, shared by all who wait, and one
+    /// transaction id of the server. It waits behind commits that notify. Triggers are looked at with each fence, so that
+    /// this holds even if somebody has just switched them off. *While the node is not coherent*, it reads Postgres, and
+    /// never joins a load that began before the call.
+    Fenced,
+    /// The transaction that the token names is in the result, and all that were visible when it began to be.
+    ///
+    /// *Costs* nothing if the last fence already saw the transaction; else a fence. *While the node is not coherent*, it
+    /// reads Postgres, and never joins a load that began before the call.
+    /// [`is_other_incarnation`](Error::is_other_incarnation) if the token is of another incarnation of the server than the
+    /// one that answers: the transaction may have been lost.
+    AtLeast(Token),
+    /// Whatever is held, of whatever age, also while the node is not coherent; Postgres if nothing is.
+    ///
+    /// *Costs* nothing. What was held before a gap is dropped when the node is coherent again.
+    Any,
+}
+
+/// What reads of a table do while the node is not coherent, or the table's triggers are in doubt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fallback {
+    /// Read Postgres, and keep nothing. Loads are shared, and at most [`loads_max`](crate::Config::loads_max) statements run
+    /// at a time.
+    #[default]
+    Bypass,
+    /// Rows that were held when the gap began answer until this long after the last fence was sent; what is not held is
+    /// read from Postgres and not kept. So a read may miss commits of the last `max`. A table whose triggers are in doubt has no
+    /// such rows: nobody knows since when changes were not told.
+    ServeStale {
+        /// Counted from when the last fence that came back was sent.
+        max: Duration,
+    },
+    /// Reads fail with [`is_unavailable`](Error::is_unavailable), except those with [`Freshness::Any`] of a row that is held.
+    /// For services that would rather be down than send their traffic to Postgres.
+    Fail,
+}
+
+/// What a read accepts.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms {
+    /// Entries will do that a gap has put out of service.
+    stale: bool,
+    join: Join,
+    /// What is returned must be of the incarnation of this token.
+    of: Option<Token>,
+}
+
+impl Terms {
+    const COHERENT: Self = Self { stale: false, join: Join::Running, of: None };
+    const CURRENT: Self = Self { stale: false, join: Join::Coherent, of: None };
+}
+
+impl<K: Key, V: FromRow> Table<K, V> {
+    /// The row with this key, at least as fresh as asked. `None`: there is no such row.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get`](Self::get), and what the level of [`Freshness`] names.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`get`](Self::get).
+    pub async fn get_with(&self, key: &K, freshness: Freshness) -> Result<Option<Cached<V>>> {
+        let terms = self.terms(freshness).await?;
+        self.read(key, terms).await
+    }
+
+    /// The rows with these keys, in the order of the keys, each at least as fresh as asked. They share one fence, if one is
+    /// needed. Rows may come from different moments; those of [`snapshot`](Self::snapshot) do not.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get_many`](Self::get_many), and what the level of [`Freshness`] names.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`get`](Self::get).
+    pub async fn get_many_with(&self, keys: &[K], freshness: Freshness) -> Result<Vec<Option<Cached<V>>>> {
+        let terms = self.terms(freshness).await?;
+        let mut wanted = Vec::new();
+        let asked: Vec<_> = keys.iter().map(|key| self.ask(key, terms, &mut wanted)).collect();
+        self.start_loads(wanted);
+        let mut rows = Vec::with_capacity(keys.len());
+        for (key, asked) in keys.iter().zip(asked) {
+            rows.push(self.accept(key, asked, terms).await?);
+        }
+        Ok(rows)
+    }
+
+    /// The rows with these keys, in the order of the keys, all from one snapshot of the database: if a transaction changed
+    /// several of them, all of its changes are in the result, or none. As fresh as [`get_many`](Self::get_many).
+    ///
+    /// From memory if all are held and a fence has come back since they were loaded. Else what is missing is loaded, and a fence
+    /// sent. If changes came in between, and while the node is not coherent: one statement for all keys, which keeps nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`get_many`](Self::get_many); a key that Postgres cannot take spoils all of them.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`get`](Self::get).
+    pub async fn snapshot(&self, keys: &[K]) -> Result<Vec<Option<Cached<V>>>> {
+        if let [key] = keys {
+            return Ok(vec![self.get(key).await?]);
+        }
+        self.refuse_in_doubt()?;
+        if let Some(rows) = self.held_together(keys) {
+            return Ok(rows);
+        }
+        if self.store.is_coherent() {
+            self.get_many(keys).await?;
+            // Loads see more than what was applied before them; a fence that starts now covers them.
+            if self.shared().fence().await.is_ok()
+                && let Some(rows) = self.held_together(keys)
+            {
+                return Ok(rows);
+            }
+        }
+        self.load_together(keys).await
+    }
+
+    /// What a read of this freshness accepts, once what it must wait for has happened.
+    async fn terms(&self, freshness: Freshness) -> Result<Terms> {
+        match freshness {
+            Freshness::Coherent => self.coherent_terms(),
+            Freshness::Any => Ok(Terms { stale: true, ..Terms::COHERENT }),
+            Freshness::Within(limit) => {
+                self.refuse_in_doubt()?;
+                // The age is looked at before the entry is: in between, entries can only become fresher.
+                if self.shared().age() <= limit {
+                    return Ok(Terms { stale: true, ..Terms::CURRENT });
+                }
+                self.fenced_terms().await
+            }
+            Freshness::Fenced => self.fenced_terms().await,
+            Freshness::AtLeast(token) => {
+                if self.shared().reach(token).await? == Reached::InDoubt {
+                    self.refuse_in_doubt()?;
+                }
+                Ok(Terms { of: Some(token), ..Terms::CURRENT })
+            }
+        }
+    }
+
+    /// What [`get`](Self::get) accepts.
+    pub(crate) fn coherent_terms(&self) -> Result<Terms> {
+        if self.store.is_coherent() {
+            return Ok(Terms::COHERENT);
+        }
+        match self.fallback {
+            Fallback::ServeStale { max } if self.shared().age() <= max => {
+                Ok(Terms { stale: true, ..Terms::COHERENT })
+            }
+            Fallback::Bypass | Fallback::ServeStale { .. } => Ok(Terms::COHERENT),
+            Fallback::Fail => self.refuse_in_doubt().map(|()| Terms::COHERENT),
+        }
+    }
+
+    async fn fenced_terms(&self) -> Result<Terms> {
+        // Without a fence: the gate is closed, or about to be, and who asks gets a load that starts after the call.
+        if self.shared().fence().await.is_err() {
+            self.refuse_in_doubt()?;
+        }
+        Ok(Terms::CURRENT)
+    }
+
+    /// Fails while the node is not coherent, if the table was opened with [`Fallback::Fail`].
+    fn refuse_in_doubt(&self) -> Result<()> {
+        if self.fallback != Fallback::Fail || self.store.is_coherent() {
+            return Ok(());
+        }
+        self.store.counters.declined.add(1);
+        Err(Error::new(
+            Kind::Unavailable,
+            format!("{} is not read while the node is not coherent (`Fallback::Fail`): {}", self.name(), self.status()),
+        ))
+    }
+
+    /// One row on these terms.
+    pub(crate) async fn read(&self, key: &K, terms: Terms) -> Result<Option<Cached<V>>> {
+        let mut wanted = Vec::new();
+        let asked = self.ask(key, terms, &mut wanted);
+        self.start_loads(wanted);
+        self.accept(key, asked, terms).await
+    }
+
+    fn ask(&self, key: &K, terms: Terms, wanted: &mut Vec<K>) -> Asked<V> {
+        let held = if terms.stale { self.store.lookup_stale(key) } else { self.store.lookup(key) };
+        held.map_or_else(|| self.store.ask(key, terms.join, wanted), Asked::Hit)
+    }
+
+    /// Waits for the answer, and holds it against the terms.
+    async fn accept(&self, key: &K, asked: Asked<V>, terms: Terms) -> Result<Option<Cached<V>>> {
+        let held = match &asked {
+            // Entries are of the incarnation that the node listens to.
+            Asked::Hit(_) => self.shared().look(|coherence| coherence.incarnation()),
+            Asked::Wait(_) => None,
+        };
+        let Answer { entry, read } = self.answer(key, asked).await?;
+        match terms.of {
+            Some(token) if held.or(read).map(incarnation_id) != Some(token.incarnation) => {
+                Err(Shared::other_incarnation(token))
+            }
+            _ => Ok(Cached::new(entry)),
+        }
+    }
+
+    /// The rows, if all are held and are what one snapshot of the database shows.
+    ///
+    /// 1. What the applier has applied, and up to where the log is covered, is noted.
+    /// 2. Each entry is looked up. What its load saw is covered: it has been applied, so it was before 1.
+    /// 3. Nothing was applied in the meantime. So each entry shows all that was applied at 1 and nothing else (I1).
+    fn held_together(&self, keys: &[K]) -> Option<Vec<Option<Cached<V>>>> {
+        let horizon = &self.shared().horizon;
+        let sight = horizon.sight();
+        let held = |key| self.store.peek_used(key).filter(|entry| sight.covers(entry.lsn()));
+        let rows: Vec<_> = keys.iter().map(held).collect::<Option<_>>()?;
+        horizon.is_unchanged_since(sight).then(|| {
+            self.store.counters.hits(keys.len() as u64);
+            rows.into_iter().map(Cached::new).collect()
+        })
+    }
+
+    /// All rows with one statement. Nothing is kept, and what was held of these rows is forgotten: it may be older.
+    async fn load_together(&self, keys: &[K]) -> Result<Vec<Option<Cached<V>>>> {
+        let mut places: HashMap<&K, usize> = HashMap::with_capacity(keys.len());
+        let mut unique: Vec<K> = Vec::with_capacity(keys.len());
+        for key in keys {
+            places.entry(key).or_insert_with(|| {
+                unique.push(key.clone());
+                unique.len() - 1
+            });
+        }
+        self.store.counters.declined.add(keys.len() as u64);
+        let shared = self.shared();
+        let loaded = {
+            let _turn = shared.loads.acquire().await;
+            let gaps = shared.look(|coherence| coherence.gaps());
+            let loaded = self.source.load_at_once(&unique).await?;
+            shared.is_ours(loaded.stamp.incarnation, gaps);
+            loaded
+        };
+        unique.iter().for_each(|key| self.store.invalidate(key));
+        let mut rows = Vec::with_capacity(unique.len());
+        for row in loaded.rows {
+            rows.push(Cached::loaded(row?));
+        }
+        Ok(keys.iter().map(|key| rows[places[key]].clone()).collect())
+    }
+}
+
+impl Shared {
+    /// The time since everything visible was last known to have been applied, now.
+    pub(crate) fn age(&self) -> Duration {
+        self.horizon.age(clock::now())
+    }
+}

@@ -1,0 +1,63 @@
+//! What a transaction of Postgres could see: the form in which `pg_current_snapshot()` prints it.
+//!
+//! ```text
+//! 10:20:10,14,15     xmin:xmax:running    below 10 all have ended; from 20 on none had; of those between, these run
+//! ```
+//!
+//! Only snapshots of the primary are read here. A standby prints an empty list of running transactions, whatever
+//! runs (source: `xid8funcs.c`, which copies a list that recovery leaves empty).
+
+use std::str::FromStr;
+
+/// A snapshot of the primary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    xmin: u64,
+    xmax: u64,
+    /// Sorted.
+    running: Vec<u64>,
+}
+
+impl Snapshot {
+    /// Whether this transaction had ended when the snapshot was taken. Only for ids of whole transactions
+    /// (`pg_current_xact_id()`): those of savepoints are in no list.
+    pub(crate) fn sees(&self, xid: u64) -> bool {
+        xid < self.xmin || xid < self.xmax && self.running.binary_search(&xid).is_err()
+    }
+}
+
+impl FromStr for Snapshot {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| text.parse::<u64>().map_err(|_| format!("`{text}` is no transaction id"));
+        let [xmin, xmax, running] = text.split(':').collect::<Vec<_>>()[..] else {
+            return Err(format!("`{text}` is no snapshot"));
+        };
+        let (xmin, xmax) = (number(xmin)?, number(xmax)?);
+        let mut running: Vec<u64> =
+            running.split(',').filter(|id| !id.is_empty()).map(number).collect::<Result<_, _>>()?;
+        running.sort_unstable();
+        Ok(Self { xmin, xmax, running })
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn x13_what_ran_is_not_seen_though_later_ones_are() {
+        let snapshot: Snapshot = "10:20:10,14".parse().expect("a snapshot");
+        let seen: Vec<u64> = (8..22).filter(|xid| snapshot.sees(*xid)).collect();
+        assert_eq!(seen, [8, 9, 11, 12, 13, 15, 16, 17, 18, 19]);
+        assert!("10:10:".parse::<Snapshot>().expect("nothing runs").sees(9));
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for text in ["", "1:2", "1:2:3:4", "a:2:", "1:2:x", "-1:2:"] {
+            assert!(text.parse::<Snapshot>().is_err(), "{text}");
+        }
+    }
+}
