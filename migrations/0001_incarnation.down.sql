@@ -56,6 +56,7 @@ drop function if exists rowcache.primary_key(regclass);
 drop function if exists rowcache.base_type(oid);
 drop function if exists rowcache.relation_name(regclass);
 
+drop function if exists rowcache.token();
 drop view if exists rowcache.stamp;
 drop function if exists rowcache.incarnation();
 drop table if exists rowcache.canary;

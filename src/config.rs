@@ -36,6 +36,9 @@ pub struct Config {
     /// most 5 connections, [`loads_max`](Self::loads_max) and one for notifications, none of them held while idle for
     /// long.
     pub pool: PgPoolOptions,
+    /// The connections of [`Node::begin`](crate::Node::begin), opened when they are wanted. They are apart from those that
+    /// load, and go where [`pool_connect`](Self::pool_connect) says. Default: at most 5.
+    pub write_pool: PgPoolOptions,
     /// Where the LISTEN connection, and a second one that sends fences, connect to.
     pub listener: tokio_postgres::Config,
     /// TLS of the listener's connections. The pool's is part of [`pool_connect`](Self::pool_connect).
@@ -98,6 +101,7 @@ impl Config {
         Self {
             pool_connect,
             pool: default_pool(),
+            write_pool: PgPoolOptions::new().max_connections(5),
             listener,
             listener_tls,
             beat: Duration::from_secs(1),

@@ -196,9 +196,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
             return Ok(Terms::COHERENT);
         }
         match self.fallback {
-            Fallback::ServeStale { max } if self.shared().age() <= max => {
-                Ok(Terms { stale: true, ..Terms::COHERENT })
-            }
+            Fallback::ServeStale { max } if self.shared().age() <= max => Ok(Terms { stale: true, ..Terms::COHERENT }),
             Fallback::Bypass | Fallback::ServeStale { .. } => Ok(Terms::COHERENT),
             Fallback::Fail => self.refuse_in_doubt().map(|()| Terms::COHERENT),
         }

@@ -109,6 +109,7 @@ mod table;
 mod tables;
 mod tls;
 mod token;
+mod transaction;
 
 pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
@@ -124,6 +125,7 @@ pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
 pub use tls::TlsConfig;
 pub use token::Token;
+pub use transaction::Transaction;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

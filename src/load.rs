@@ -5,7 +5,12 @@
 
 use std::sync::Arc;
 
-use crate::{key::Key, shared::Shared, source::Source, store::{Origin, Runner}};
+use crate::{
+    key::Key,
+    shared::Shared,
+    source::Source,
+    store::{Origin, Runner},
+};
 
 /// Loads until nothing waits. Runs in a task of its own, so that a caller who is cancelled harms nobody.
 pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(

@@ -1,8 +1,8 @@
 //! A node as its users see it: start, open tables, wait, ask, stop. What goes on inside is in `shared.rs`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
     config::{Config, TableOptions},
@@ -10,11 +10,13 @@ use crate::{
     keeper,
     key::Key,
     postgres::catalog,
-    shared::{Handle, Shared},
+    shared::{Handle, Reached, Shared},
     status::{Events, Status},
     store::{Limits, Store},
     table::{FromRow, Table},
     tables::Member,
+    token::Token,
+    transaction::Transaction,
 };
 
 /// One process's cache: connections, tables, and the tasks that keep them coherent. Cheap to clone.
@@ -129,6 +131,44 @@ impl Node {
     /// Cancelling harms nobody.
     pub async fn barrier(&self) -> Result<()> {
         self.0.shared.barrier().await
+    }
+
+    /// Begins a transaction on a connection of [`Config::write_pool`](crate::Config::write_pool): its commit forgets, on this node and
+    /// before it returns, the rows that are named to it, and returns a [`Token`] for other nodes.
+    ///
+    /// # Errors
+    ///
+    /// [`is_unavailable`](Error::is_unavailable), [`is_timeout`](Error::is_timeout) (no connection came free),
+    /// [`is_closed`](Error::is_closed).
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling leaves nothing behind.
+    pub async fn begin(&self) -> Result<Transaction> {
+        Transaction::begin(&self.0).await
+    }
+
+    /// Returns when the transaction that the token names has been applied on this node, and everything that was visible
+    /// with it. A read with [`Freshness::AtLeast`](crate::Freshness::AtLeast) does that by itself.
+    ///
+    /// # Errors
+    ///
+    /// * [`is_timeout`](Error::is_timeout): not within `limit`;
+    /// * [`is_other_incarnation`](Error::is_other_incarnation): the token is of another incarnation of the server;
+    /// * [`is_token`](Error::is_token): the transaction has not ended;
+    /// * [`is_unavailable`](Error::is_unavailable): the node is not coherent; [`is_closed`](Error::is_closed): nor will be.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling harms nobody.
+    pub async fn wait_for(&self, token: Token, limit: Duration) -> Result<()> {
+        let shared = &self.0.shared;
+        match timeout(limit, shared.reach(token)).await {
+            Ok(Ok(Reached::Applied)) => Ok(()),
+            Ok(Ok(Reached::InDoubt)) => Err(shared.no_fence()),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::new(Kind::Timeout, format!("token {token} was not applied here within {limit:?}"))),
+        }
     }
 
     /// Whether entries are served, and if not, since when and why.

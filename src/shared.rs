@@ -40,7 +40,10 @@ use crate::{
 /// What the node's tasks and handles share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
+    /// Connections that load, and nothing else (X31).
     pub(crate) pool: PgPool,
+    /// Connections of [`Transaction`](crate::Transaction)s, on which code of the user runs.
+    pub(crate) writes: PgPool,
     pub(crate) tables: Tables,
     pub(crate) inbox: Inbox,
     pub(crate) horizon: Horizon,
@@ -127,7 +130,7 @@ impl Handle {
             clock.thread().unpark();
             let _ = tokio::task::spawn_blocking(|| clock.join()).await;
         }
-        self.shared.pool.close().await;
+        tokio::join!(self.shared.pool.close(), self.shared.writes.close());
         if let Some(panic) = panic {
             resume_unwind(panic.into_panic());
         }
@@ -143,6 +146,7 @@ impl Drop for Handle {
 impl Shared {
     pub(crate) fn new(config: Config) -> Arc<Self> {
         let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
+        let writes = config.write_pool.clone().connect_lazy_with(config.pool_connect.clone());
         Arc::new(Self {
             tables: Tables::default(),
             inbox: Inbox::new(config.inbox_bytes_max),
@@ -155,6 +159,7 @@ impl Shared {
             events: broadcast::Sender::new(config.events_max),
             stopping: watch::Sender::default(),
             pool,
+            writes,
             config,
         })
     }
@@ -346,6 +351,11 @@ impl Shared {
                  have been lost; read again without the token"
             ),
         )
+    }
+
+    /// Why no fence comes back now.
+    pub(crate) fn no_fence(&self) -> Error {
+        Self::unavailable(&self.status_reason().unwrap_or(Reason::BeatLate))
     }
 
     fn unavailable(why: &Reason) -> Error {

@@ -1,6 +1,10 @@
 //! What a node tells: whether it can be trusted, and what happens to it.
 
-use std::{fmt, sync::Arc, time::{Duration, Instant}};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::{broadcast, watch};
 

@@ -159,7 +159,9 @@ impl World {
                 match asked {
                     Asked::Hit(entry) => Some(entry),
                     Asked::Wait(_) if accidents && shuttle::rand::thread_rng().gen_range(0..8) == 0 => None,
-                    Asked::Wait(wait) => block_on(wait).expect("every caller is answered").ok().map(|answer| answer.entry),
+                    Asked::Wait(wait) => {
+                        block_on(wait).expect("every caller is answered").ok().map(|answer| answer.entry)
+                    }
                 }
             },
             Some,

@@ -150,7 +150,16 @@ pub(crate) async fn open(
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
-    Ok(Line { incarnation, control, _listener: listener, phase, fence, fingerprints, describe, tasks: [listening, sending] })
+    Ok(Line {
+        incarnation,
+        control,
+        _listener: listener,
+        phase,
+        fence,
+        fingerprints,
+        describe,
+        tasks: [listening, sending],
+    })
 }
 
 /// One session; its task calls `received` and `lost`.
