@@ -200,11 +200,14 @@ pub struct TableOptions {
     /// What reads do while the node is not coherent. Of this handle and its clones alone: another handle of the same table
     /// may have another one. Default: they read Postgres.
     pub fallback: Fallback,
+    /// After a gap, up to this many of the rows that were used most before it are read again, one statement of
+    /// [`load_keys_max`](Config::load_keys_max) keys at a time. Others are read when they are asked for. Default 0.
+    pub refill: usize,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { capacity: 100_000, fallback: Fallback::default() }
+        Self { capacity: 100_000, fallback: Fallback::default(), refill: 0 }
     }
 }
 
@@ -213,6 +216,13 @@ impl TableOptions {
     #[must_use]
     pub fn capacity(mut self, entries: usize) -> Self {
         self.capacity = entries;
+        self
+    }
+
+    /// With up to this many rows read again after a gap.
+    #[must_use]
+    pub fn refill(mut self, rows: usize) -> Self {
+        self.refill = rows;
         self
     }
 

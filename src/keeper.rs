@@ -203,7 +203,10 @@ async fn check(shared: &Shared, line: &Line, fence: Fence) {
     match timeout(shared.config.beat_timeout, verify(shared, line)).await.unwrap_or_else(late) {
         Ok(()) => shared.step(|coherence| coherence.fence_checked(fence)),
         Err(error) => {
-            tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
+            // A connection that ended says so itself.
+            if !error.is_unavailable() {
+                tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
+            }
             shared.gap(Reason::ConnectionLost(full(&error)));
         }
     }

@@ -61,7 +61,7 @@ impl KeyType {
 }
 
 /// The value of one key column.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum KeyPart<'a> {
     /// A value of one of the three integer types.

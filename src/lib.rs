@@ -97,6 +97,7 @@ mod key;
 mod load;
 mod node;
 mod postgres;
+mod refill;
 mod settings;
 mod shared;
 mod snapshot;

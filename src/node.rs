@@ -10,6 +10,7 @@ use crate::{
     keeper,
     key::Key,
     postgres::catalog,
+    refill,
     shared::{Handle, Reached, Shared},
     status::{Events, Status},
     store::{Limits, Store},
@@ -106,14 +107,22 @@ impl Node {
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
         let shared = &self.0.shared;
         let tracked = catalog::open::<K>(&shared.pool, name).await?;
+        let mut is_new = false;
         let store = self.0.open::<K, V, _>(&tracked.name, || {
+            is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
             let store = Arc::new(Store::<K, V>::new(options.capacity, limits));
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             store
         });
-        Ok(Table::new(Arc::clone(&self.0), store, &tracked, options.fallback))
+        let table = Table::new(Arc::clone(&self.0), store, &tracked, options.fallback);
+        if is_new && options.refill > 0 {
+            let store = Arc::downgrade(&table.store);
+            let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);
+            tokio::spawn(refill);
+        }
+        Ok(table)
     }
 
     /// Returns when everything that was committed before this call has been applied on this node.

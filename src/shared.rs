@@ -72,10 +72,12 @@ pub(crate) enum Reached {
 
 /// How far fences have come.
 #[derive(Clone, Copy, Default)]
-struct Progress {
+pub(crate) struct Progress {
     /// The last fence that was applied.
     fence: u64,
-    gaps: u64,
+    pub(crate) gaps: u64,
+    /// How often the node became coherent.
+    pub(crate) opened: u64,
 }
 
 /// What keeps a node alive: when the last node or table that holds one goes, the node stops.
@@ -250,6 +252,7 @@ impl Shared {
                 }
                 Action::Open => {
                     self.tables.set_coherent(true);
+                    self.progress.send_modify(|progress| progress.opened += 1);
                     self.tell(Event::Coherent);
                 }
                 Action::Close => {
@@ -425,6 +428,10 @@ impl Shared {
     /// Events from now on.
     pub(crate) fn subscribe(&self) -> Events {
         Events { events: self.events.subscribe(), stopping: self.stopping.subscribe() }
+    }
+
+    pub(crate) fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
     }
 
     pub(crate) fn stopping(&self) -> watch::Receiver<bool> {

@@ -29,6 +29,7 @@ use std::{
     collections::{HashMap, VecDeque},
     hash::BuildHasher,
     ops::Deref,
+    sync::atomic::AtomicU32,
 };
 
 use crossbeam_utils::CachePadded;
@@ -59,11 +60,17 @@ pub(crate) struct Entry<V> {
     word: Word,
     /// The commits that the load saw were logged before this position.
     lsn: u64,
+    /// Grows with use: one in [`SAMPLED`](crate::stats::SAMPLED) hits of this thread or another one is counted.
+    heat: AtomicU32,
     /// `None`: there is no such row.
     value: Option<V>,
 }
 
 impl<V> Entry<V> {
+    fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
+        Self { word, lsn, heat: AtomicU32::new(0), value }
+    }
+
     pub(crate) fn lsn(&self) -> u64 {
         self.lsn
     }
@@ -77,7 +84,7 @@ impl<V> Cached<V> {
 
     /// A row that no cache holds.
     pub(crate) fn loaded(value: Option<V>) -> Option<Self> {
-        Self::new(Arc::new(Entry { word: Word::default(), lsn: 0, value }))
+        Self::new(Arc::new(Entry::new(Word::default(), 0, value)))
     }
 }
 
@@ -197,7 +204,9 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if entry.word != self.gate.word() {
             return None;
         }
-        self.counters.hit();
+        if self.counters.hit() {
+            entry.heat.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
         Some(entry)
     }
 
@@ -235,8 +244,26 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     pub(crate) fn ask(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> Asked<V> {
         if key.to_parts().iter().any(KeyPart::cannot_exist) {
             self.counters.declined.add(1);
-            return Asked::Hit(Arc::new(Entry { word: self.gate.word(), lsn: 0, value: None }));
+            return Asked::Hit(Arc::new(Entry::new(self.gate.word(), 0, None)));
         }
+        let (asked, joined) = self.ask_uncounted(key, join, wanted);
+        match joined {
+            Some(true) => self.counters.joined.add(1),
+            Some(false) => self.counters.led.add(1),
+            None => {
+                self.counters.hit();
+            }
+        }
+        asked
+    }
+
+    /// As [`ask`](Self::ask), for a key that was held before; not a caller's, so that it does not count as one.
+    pub(crate) fn ask_again(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> Asked<V> {
+        self.ask_uncounted(key, join, wanted).0
+    }
+
+    /// Also returns whether the caller joined others; `None`: the entry is held.
+    fn ask_uncounted(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> (Asked<V>, Option<bool>) {
         let (caller, answer) = oneshot::channel();
         let mut flights = self.flights(key);
         let joined = if let Some(flight) = flights.get_mut(key) {
@@ -244,16 +271,28 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         } else {
             // A load may have published between the caller's miss and this lock. Without this second look, two
             // loads of one key could follow one invalidation.
-            if let Some(entry) = self.lookup(key) {
-                return Asked::Hit(entry);
+            if let Some(entry) = self.peek_used(key) {
+                return (Asked::Hit(entry), None);
             }
             flights.insert(key.clone(), Flight::new(caller));
             wanted.push(key.clone());
             false
         };
         drop(flights);
-        if joined { &self.counters.joined } else { &self.counters.led }.add(1);
-        Asked::Wait(answer)
+        (Asked::Wait(answer), Some(joined))
+    }
+
+    /// The keys of the entries that a gap has put out of service, those used most first, up to this many.
+    pub(crate) fn used_before(&self, max: usize) -> Vec<K> {
+        let heat = |entry: &Entry<V>| entry.heat.load(std::sync::atomic::Ordering::Relaxed);
+        let word = self.gate.word();
+        let dead = self.entries.iter().filter(|(_, entry)| entry.word != word);
+        let mut keys: Vec<(u32, K)> = dead.map(|(key, entry)| (heat(&entry), key)).collect();
+        if keys.len() > max {
+            keys.select_nth_unstable_by_key(max, |(heat, _)| std::cmp::Reverse(*heat));
+            keys.truncate(max);
+        }
+        keys.into_iter().map(|(_, key)| key).collect()
     }
 
     /// Queues keys for loading. Returns how many more runners are needed; each must be given to a task.
@@ -308,7 +347,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let mut evicted = Default::default();
         let mut removed = None;
         let outcome = result.map(|value| {
-            let entry = Arc::new(Entry { word, lsn: origin.stamp.lsn, value });
+            let entry = Arc::new(Entry::new(word, origin.stamp.lsn, value));
             let verdict = flight.verdict(word);
             if verdict == Verdict::Publish && origin.ours {
                 self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);

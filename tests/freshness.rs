@@ -269,6 +269,7 @@ pg_test! {
         let db = support::database_on(&server, test.version).await;
         fixture::migrate(&db).await;
         db.execute(fixture::USERS).await;
+        db.execute("checkpoint").await;
         let mut proxy = Proxy::start(server.port()).await;
         let mut config = hasty(&db.url);
         config.listener = hasty(&proxy.url(&db.url)).listener;
@@ -371,6 +372,33 @@ pg_test! {
         proxy.accept().await;
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         assert_eq!(name(&users, 1).await.as_deref(), Some("new"));
+    }
+
+    async fn what_was_used_most_is_read_again_after_a_gap(test: Test) {
+        test.logs.allow(LOST);
+        let db = users_db(test.version).await;
+        db.execute("insert into public.users select n, 'user ' || n from generate_series(11, 2000) n").await;
+        let node = node(&db).await;
+        let users: Users = node.table_with("public.users", TableOptions::default().refill(600)).await.expect("opens");
+        let all: Vec<i64> = (1..=2000).collect();
+        users.get_many(&all).await.expect("loads");
+        let used = |id: i64| id % 4 == 0;
+        for _ in 0..100 {
+            for id in all.iter().filter(|id| used(**id)) {
+                assert!(users.try_get(id).is_known());
+            }
+        }
+        let before = users.stats();
+        db.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name like '%(listener)'").await;
+        eventually("the rows are back", async || users.stats().refilled == 600).await;
+        let after = users.stats();
+        assert_eq!(after.gets, before.gets, "nobody has asked for them");
+        assert!(all.iter().filter(|id| used(**id)).all(|id| users.peek(id).is_known()));
+        assert_eq!(all.iter().filter(|id| users.peek(id).is_known()).count(), 600, "500 that were used, and 100 others");
+        assert_eq!(after.queries - before.queries, 2, "in batches");
+        db.execute("update public.users set name = 'seen' where id = 4").await;
+        node.barrier().await.expect("coherent");
+        assert_eq!(name(&users, 4).await.as_deref(), Some("seen"));
     }
 
     // A table in doubt has no old rows: nobody knows since when changes were not told.

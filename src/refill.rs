@@ -1,0 +1,82 @@
+//! After a gap, reads again the rows that were used most before it, so that callers do not all have to wait for theirs.
+//!
+//! The way in is the one of every load: keys are asked for, and published only if nothing happened meanwhile. One statement
+//! at a time, whatever the number of rows, so that a fleet whose nodes all come back at once asks its database for no more
+//! than one statement per node and table beside what callers want.
+//!
+//! Keys are sorted. Postgres then reads an index in order, or, as it sees fit, the whole table; either way a batch of the
+//! default size costs it little more than the best that it can do.
+
+use std::sync::{Arc, Weak};
+
+use tokio::sync::watch;
+
+use crate::{
+    fill::Join,
+    key::Key,
+    load,
+    shared::{Progress, Shared},
+    source::Source,
+    store::{Asked, Store},
+};
+
+/// Waits for gaps to end, until the node stops or the cache is gone.
+pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
+    store: Weak<Store<K, V>>,
+    source: Arc<dyn Source<K, V>>,
+    shared: Arc<Shared>,
+    rows_max: usize,
+) {
+    let (mut progress, mut stopping) = (shared.progress(), shared.stopping());
+    let mut opened = progress.borrow_and_update().opened;
+    loop {
+        tokio::select! {
+            now = progress.wait_for(|now| now.opened != opened) => match now {
+                Ok(now) => opened = now.opened,
+                Err(_) => return,
+            },
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+        }
+        let Some(store) = store.upgrade() else { return };
+        let listed = {
+            let store = Arc::clone(&store);
+            move || store.used_before(rows_max)
+        };
+        let Ok(mut keys) = tokio::task::spawn_blocking(listed).await else { return };
+        keys.sort_by_cached_key(|key| key.to_parts().iter().map(|part| part.clone().into_owned()).collect::<Vec<_>>());
+        let found = keys.len();
+        let refilled = refill(&store, &source, &shared, &progress, keys).await;
+        tracing::debug!(found, refilled, "read again what was used most before the gap");
+    }
+}
+
+/// Loads these keys in batches, until there is another gap. Returns how many.
+async fn refill<K: Key, V: Send + Sync + 'static>(
+    store: &Arc<Store<K, V>>,
+    source: &Arc<dyn Source<K, V>>,
+    shared: &Arc<Shared>,
+    progress: &watch::Receiver<Progress>,
+    keys: Vec<K>,
+) -> usize {
+    let gaps = progress.borrow().gaps;
+    let mut refilled = 0;
+    for batch in keys.chunks(shared.config.load_keys_max) {
+        let mut wanted = Vec::with_capacity(batch.len());
+        let asked: Vec<_> = batch.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
+        for runner in store.enqueue(wanted) {
+            tokio::spawn(load::run(runner, Arc::clone(source), Arc::clone(shared)));
+        }
+        for asked in asked {
+            match asked {
+                // A caller was faster.
+                Asked::Hit(_) => {}
+                Asked::Wait(answer) => refilled += usize::from(answer.await.is_ok_and(|answer| answer.is_ok())),
+            }
+        }
+        if progress.borrow().gaps != gaps {
+            break;
+        }
+    }
+    store.counters.refilled.add(refilled as u64);
+    refilled
+}
