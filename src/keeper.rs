@@ -85,6 +85,9 @@ async fn open(shared: &Arc<Shared>) -> Result<Line> {
         receiver.inbox.push(item);
     };
     let lost = move |how: String| {
+        if loser.is_stopping() {
+            return;
+        }
         tracing::warn!(%how, "the LISTEN connection was lost; reads go to Postgres until it is back");
         loser.gap(Reason::ConnectionLost(how));
     };
@@ -199,10 +202,11 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
 
 /// Looks at the triggers on behalf of a fence that was sent, or is being sent.
 async fn check(shared: &Shared, line: &Line, fence: Fence) {
-    let late = |_| Err(Error::new(Kind::Timeout, "verifying the triggers of the cached tables took too long"));
-    match timeout(shared.config.beat_timeout, verify(shared, line)).await.unwrap_or_else(late) {
-        Ok(()) => shared.step(|coherence| coherence.fence_checked(fence)),
-        Err(error) => {
+    match timeout(shared.config.beat_timeout, verify(shared, line)).await {
+        Ok(Ok(())) => shared.step(|coherence| coherence.fence_checked(fence)),
+        // The fence is late then, which the state machine sees by itself.
+        Err(_) => {}
+        Ok(Err(error)) => {
             // A connection that ended says so itself.
             if !error.is_unavailable() {
                 tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");

@@ -409,7 +409,7 @@ impl Shared {
     fn start_clock(self: &Arc<Self>) -> thread::JoinHandle<()> {
         let shared = Arc::clone(self);
         let clock = move || {
-            while !*shared.stopping.borrow() {
+            while !shared.is_stopping() {
                 thread::park_timeout(TICK);
                 let now = clock::now();
                 shared.step(|coherence| coherence.tick(now));
@@ -432,6 +432,10 @@ impl Shared {
 
     pub(crate) fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
     }
 
     pub(crate) fn stopping(&self) -> watch::Receiver<bool> {

@@ -27,12 +27,12 @@ const AGAIN: &str = "cannot restore the LISTEN connection";
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// A node whose line goes through a proxy, and that is in no hurry to call silence a gap.
-async fn patient(db: &TestDb) -> (Node, Proxy) {
+async fn patient(db: &TestDb) -> (Proxy, Node) {
     let proxy = Proxy::start(db.port).await;
     let mut config = Config::from_url(&db.url).expect("a good URL");
     config.listener = hasty(&proxy.url(&db.url)).listener;
     (config.beat_timeout, config.lease) = (Duration::from_secs(60), Duration::from_secs(90));
-    (Node::start(config).await.expect("starts"), proxy)
+    (proxy, Node::start(config).await.expect("starts"))
 }
 
 /// A node that has lost its line for good, with the rows 1 to 5 held from before.
@@ -72,7 +72,7 @@ pg_test! {
     // for more waits for it.
     async fn a_message_that_is_late_is_waited_for_by_those_who_need_it(test: Test) {
         let db = users_db(test.version).await;
-        let (node, proxy) = patient(&db).await;
+        let (proxy, node) = patient(&db).await;
         let users = users(&node).await;
         let ids = [1, 2, 3];
         for (n, freshness) in [Freshness::Fenced, Freshness::Within(Duration::ZERO), Freshness::Coherent].into_iter().enumerate() {
@@ -156,7 +156,7 @@ pg_test! {
 
     async fn a_transaction_forgets_its_rows_before_commit_returns(test: Test) {
         let db = users_db(test.version).await;
-        let (node, proxy) = patient(&db).await;
+        let (proxy, node) = patient(&db).await;
         let users = users(&node).await;
         users.get_many(&[1, 2, 3]).await.expect("loads");
         proxy.set(Direction::Down, Flow::Stall);
@@ -252,7 +252,7 @@ pg_test! {
 
     async fn a_token_is_waited_for_within_a_limit(test: Test) {
         let db = users_db(test.version).await;
-        let (node, proxy) = patient(&db).await;
+        let (proxy, node) = patient(&db).await;
         proxy.set(Direction::Down, Flow::Stall);
         let token = token_of(&db, "update public.users set name = 'told late'").await;
         let error = node.wait_for(token, Duration::from_millis(50)).await.expect_err("no message comes through");
