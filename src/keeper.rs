@@ -20,6 +20,7 @@ use crate::{
         line::{self, FENCE, Line, Received},
     },
     shared::Shared,
+    tables::Verified,
 };
 
 /// Runs until the node is stopped. `ready` hears how the first attempt went; if it failed, nothing follows.
@@ -224,14 +225,20 @@ async fn verify(shared: &Shared, line: &Line) -> Result<()> {
         return Ok(());
     }
     for (name, fingerprint) in line.fingerprints(&names).await? {
-        let inspected = shared.tables.inspect(&name, fingerprint.as_deref(), clock::now());
-        let Some(cleared) = inspected else { continue };
-        if !cleared.is_empty() {
-            tracing::warn!(table = name, "the triggers or the definition of this table changed; verifying them");
-            Shared::reclaim(cleared);
+        let Some(cleared) = shared.tables.inspect(&name, fingerprint.as_deref(), clock::now()) else { continue };
+        Shared::reclaim(cleared);
+        match shared.tables.verified(&name, line.describe(&name).await?.whole()) {
+            // A TRUNCATE leaves its trace too.
+            Verified::Whole => {
+                tracing::info!(table = name, "the triggers or the definition of this table changed, and are whole")
+            }
+            Verified::Broken(problem) => tracing::warn!(
+                table = name,
+                problem,
+                "the triggers or the definition of this table changed; its reads go to Postgres until they are whole"
+            ),
+            Verified::Known => {}
         }
-        let outcome = line.describe(&name).await?.whole();
-        shared.tables.verified(&name, outcome);
     }
     Ok(())
 }

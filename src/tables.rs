@@ -140,21 +140,36 @@ impl Tables {
     }
 
     /// The outcome of verifying a table in doubt.
-    pub(crate) fn verified(&self, name: &str, outcome: Result<Trust, String>) {
+    pub(crate) fn verified(&self, name: &str, outcome: Result<Trust, String>) -> Verified {
         let mut inner = lock(&self.0);
-        let Some(table) = inner.by_name.get_mut(name) else { return };
+        let Some(table) = inner.by_name.get_mut(name) else { return Verified::Known };
         let problem = match outcome {
             Ok(trust) if trust.key == table.trust.key => {
                 table.trust = trust;
                 table.suspect = None;
                 inner.clear(Some(name));
-                return;
+                return Verified::Whole;
             }
             Ok(trust) => format!("its key was ({}) and is ({}) now; restart the service", table.trust.key, trust.key),
             Err(problem) => problem,
         };
-        if let Some((_, why)) = &mut table.suspect {
-            *why = problem;
+        match &mut table.suspect {
+            Some((_, why)) if *why != problem => {
+                problem.clone_into(why);
+                Verified::Broken(problem)
+            }
+            _ => Verified::Known,
         }
     }
+}
+
+/// What became of a table in doubt.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Verified {
+    /// It is trusted again.
+    Whole,
+    /// It stays in doubt, for a reason that was not known before.
+    Broken(String),
+    /// It stays in doubt.
+    Known,
 }
