@@ -108,6 +108,7 @@ mod store;
 mod sync;
 mod table;
 mod tables;
+mod throttle;
 mod tls;
 mod token;
 mod transaction;

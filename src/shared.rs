@@ -34,6 +34,7 @@ use crate::{
     status::{Event, Events, Status},
     sync::{Mutex, lock},
     tables::{Member, Tables},
+    throttle::Throttle,
     token::{Token, incarnation_id},
 };
 
@@ -56,6 +57,8 @@ pub(crate) struct Shared {
     /// Protects the state machine. Gates are moved while it is held, so that they show what it says.
     /// Lock order: this, then the lock of `Tables`.
     coherence: Mutex<Coherence>,
+    unreadable: Throttle,
+    overflows: Throttle,
     progress: watch::Sender<Progress>,
     events: broadcast::Sender<Event>,
     stopping: watch::Sender<bool>,
@@ -157,6 +160,8 @@ impl Shared {
             loads: Semaphore::new(config.loads_max),
             wake: Notify::new(),
             coherence: Mutex::new(Coherence::new(config.timing(), clock::now())),
+            unreadable: Throttle::default(),
+            overflows: Throttle::default(),
             progress: watch::Sender::default(),
             events: broadcast::Sender::new(config.events_max),
             stopping: watch::Sender::default(),
@@ -199,10 +204,13 @@ impl Shared {
             },
             Item::Message(payload) => self.apply_message(Message::parse(&payload)),
             Item::Overflow => {
-                tracing::warn!(
-                    bytes_max = self.config.inbox_bytes_max,
-                    "more changes came in than could be applied; everything held was forgotten"
-                );
+                if let Some(held_back) = self.overflows.pass(clock::now()) {
+                    tracing::warn!(
+                        bytes_max = self.config.inbox_bytes_max,
+                        held_back,
+                        "more changes came in than could be applied; everything held was forgotten"
+                    );
+                }
                 let everything = Change { rows: Rows::All, table: None, columns: BTreeMap::new(), xid: None };
                 self.apply_message(Message::Change(everything))
             }
@@ -221,8 +229,11 @@ impl Shared {
             }
             Message::Unreadable { table, error } => {
                 let cleared = self.tables.clear(table.as_deref());
-                let of = table.as_deref().unwrap_or("every table");
-                tracing::warn!(%error, "a message on channel rowcache could not be read; forgot {of}");
+                // Anybody who may connect can send these.
+                if let Some(held_back) = self.unreadable.pass(clock::now()) {
+                    let of = table.as_deref().unwrap_or("every table");
+                    tracing::warn!(%error, held_back, "a message on channel rowcache could not be read; forgot {of}");
+                }
                 self.tell(Event::Unreadable { table, error });
                 cleared
             }
@@ -232,7 +243,8 @@ impl Shared {
     }
 
     /// Frees the memory of what was cleared, off the applier's path.
-    pub(crate) fn reclaim(cleared: Vec<Arc<dyn Member>>) {
+    pub(crate) fn reclaim(mut cleared: Vec<Arc<dyn Member>>) {
+        cleared.retain(|member| member.wants_reclaim());
         if !cleared.is_empty() {
             tokio::task::spawn_blocking(move || cleared.iter().for_each(|member| member.reclaim()));
         }

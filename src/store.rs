@@ -45,7 +45,7 @@ use crate::{
     key::{Key, KeyPart},
     source::Stamp,
     stats::Counters,
-    sync::{Arc, Mutex, MutexGuard, lock},
+    sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
     tables::Member,
 };
 
@@ -158,6 +158,9 @@ pub(crate) struct Store<K, V> {
     /// Protects the keys that wait for a runner, and the number of runners.
     queue: Mutex<Queue<K>>,
     limits: Limits,
+    /// Calls for [`reclaim`](Member::reclaim) that have not been answered. Whole-table messages can come by the thousand,
+    /// from anybody.
+    reclaims: AtomicU64,
 }
 
 type Stripe<K, V> = CachePadded<Mutex<HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>>>;
@@ -193,6 +196,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             hasher,
             queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
             limits,
+            reclaims: AtomicU64::new(0),
         }
     }
 
@@ -394,7 +398,35 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         self.gate.show(word, before);
     }
 
+    fn wants_reclaim(&self) -> bool {
+        self.reclaims.fetch_add(1, Ordering::AcqRel) == 0
+    }
+
     fn reclaim(&self) {
+        /// Should the `Drop` of a value panic, the next one who wants it must find the way free.
+        struct Free<'a>(&'a AtomicU64);
+
+        impl Drop for Free<'_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.store(0, Ordering::Release);
+                }
+            }
+        }
+
+        let _free = Free(&self.reclaims);
+        loop {
+            let wanted = self.reclaims.load(Ordering::Acquire);
+            self.remove_dead();
+            if self.reclaims.compare_exchange(wanted, 0, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                return;
+            }
+        }
+    }
+}
+
+impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    fn remove_dead(&self) {
         // Not `clear`: what has been loaded since is alive. `remove_if` reclaims here, it does not invalidate: the gate
         // has done that. Key by key, so that no reader waits for long, and values are dropped under no lock.
         let is_dead = |entry: &Arc<Entry<V>>| entry.word != self.gate.word() && !self.gate.is_stale(entry.word);

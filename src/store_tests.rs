@@ -296,3 +296,12 @@ fn x4_who_needs_what_is_current_does_not_join_a_load_while_no_message_could_void
     runners[0].finish([Ok(Some("new"))], OURS);
     assert_eq!(value(&mut current), Some("new"));
 }
+
+#[test]
+fn a_storm_of_clears_is_reclaimed_by_one() {
+    let fixture = fixture();
+    assert!(fixture.store.wants_reclaim());
+    assert!((0..1000).all(|_| !fixture.store.wants_reclaim()), "one is on its way");
+    fixture.store.reclaim();
+    assert!(fixture.store.wants_reclaim(), "it has ended");
+}

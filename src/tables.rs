@@ -17,7 +17,10 @@ pub(crate) trait Member: Send + Sync {
     /// Moves the gate: forgets everything, at once.
     fn show(&self, word: Word, before: Before);
 
-    /// Frees the memory of entries that the gate has made unreachable.
+    /// Whether somebody must call [`reclaim`](Self::reclaim): `false` while a call is under way, which then looks once more.
+    fn wants_reclaim(&self) -> bool;
+
+    /// Frees the memory of entries that the gate has made unreachable. Takes time with the number of entries.
     fn reclaim(&self);
 }
 
