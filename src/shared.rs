@@ -245,8 +245,14 @@ impl Shared {
     /// Frees the memory of what was cleared, off the applier's path.
     pub(crate) fn reclaim(mut cleared: Vec<Arc<dyn Member>>) {
         cleared.retain(|member| member.wants_reclaim());
-        if !cleared.is_empty() {
-            tokio::task::spawn_blocking(move || cleared.iter().for_each(|member| member.reclaim()));
+        if cleared.is_empty() {
+            return;
+        }
+        let reclaim = move || cleared.iter().for_each(|member| member.reclaim());
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(reclaim)),
+            // A transaction that is dropped after its runtime.
+            Err(_) => reclaim(),
         }
     }
 
