@@ -121,7 +121,7 @@ pub use freshness::{Fallback, Freshness};
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
 pub use postgres::{install, migrate};
-pub use stats::Stats;
+pub use stats::{NodeStats, Stats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};

@@ -12,6 +12,7 @@ use crate::{
     postgres::catalog,
     refill,
     shared::{Handle, Reached, Shared},
+    stats::NodeStats,
     status::{Events, Status},
     store::{Limits, Store},
     table::{FromRow, Table},
@@ -184,6 +185,12 @@ impl Node {
     #[must_use]
     pub fn status(&self) -> Status {
         self.0.shared.status()
+    }
+
+    /// Counters since the node started.
+    #[must_use]
+    pub fn stats(&self) -> NodeStats {
+        self.0.shared.counters.snapshot()
     }
 
     /// Follows what is applied on this node, from now on. A subscriber who is more than

@@ -31,6 +31,7 @@ use crate::{
     horizon::Horizon,
     inbox::{Inbox, Item},
     postgres::database_error,
+    stats::NodeCounters,
     status::{Event, Events, Status},
     sync::{Mutex, lock},
     tables::{Member, Tables},
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     pub(crate) tables: Tables,
     pub(crate) inbox: Inbox,
     pub(crate) horizon: Horizon,
+    pub(crate) counters: NodeCounters,
     /// The channel on which this node sends to itself.
     pub(crate) own_channel: String,
     /// Turns of the loads: at most [`Config::loads_max`] at a time.
@@ -156,6 +158,7 @@ impl Shared {
             tables: Tables::default(),
             inbox: Inbox::new(config.inbox_bytes_max),
             horizon: Horizon::default(),
+            counters: NodeCounters::default(),
             own_channel: format!("rowcache:{}", Uuid::new_v4().simple()),
             loads: Semaphore::new(config.loads_max),
             wake: Notify::new(),
@@ -195,6 +198,7 @@ impl Shared {
 
     fn apply_one(&self, item: Item) {
         self.horizon.applying();
+        self.counters.messages.add(1);
         let cleared = match item {
             Item::Own(payload) => match Message::parse(&payload) {
                 Message::Fence(nonce, mark) => {
@@ -204,6 +208,7 @@ impl Shared {
             },
             Item::Message(payload) => self.apply_message(Message::parse(&payload)),
             Item::Overflow => {
+                self.counters.overflows.add(1);
                 if let Some(held_back) = self.overflows.pass(clock::now()) {
                     tracing::warn!(
                         bytes_max = self.config.inbox_bytes_max,
@@ -228,6 +233,7 @@ impl Shared {
                 cleared
             }
             Message::Unreadable { table, error } => {
+                self.counters.unreadable.add(1);
                 let cleared = self.tables.clear(table.as_deref());
                 // Anybody who may connect can send these.
                 if let Some(held_back) = self.unreadable.pass(clock::now()) {
@@ -266,15 +272,18 @@ impl Shared {
                 Action::Advance => {
                     if let (Some(as_of), Some(mark)) = (coherence.coherent_as_of(), coherence.mark()) {
                         self.horizon.advance(as_of, mark.lsn);
+                        self.counters.fence(clock::now().saturating_sub(as_of));
                     }
                 }
                 Action::Open => {
                     self.tables.set_coherent(true);
                     self.progress.send_modify(|progress| progress.opened += 1);
+                    self.counters.recoveries.add(1);
                     self.tell(Event::Coherent);
                 }
                 Action::Close => {
                     self.horizon.gap();
+                    self.counters.gaps.add(1);
                     self.tables.set_coherent(false);
                     if let Some((_, why)) = coherence.bypassed() {
                         self.tell(Event::Gap(why.clone()));

@@ -1,7 +1,7 @@
-//! Counters of one table. Exact under concurrency; the one on the hit path is striped, so that threads that
+//! Counters of a table, and of a node. Exact under concurrency; the one on the hit path is striped, so that threads that
 //! hit at the same time do not write to one cache line.
 
-use std::cell::Cell;
+use std::{cell::Cell, time::Duration};
 
 use crossbeam_utils::CachePadded;
 
@@ -52,6 +52,59 @@ pub struct Stats {
     pub refilled: u64,
     /// Entries held, absent ones and ones that are no longer valid included.
     pub entries: u64,
+}
+
+/// Counters of one node since it started. They never go back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NodeStats {
+    /// Times that the node ceased to be coherent.
+    pub gaps: u64,
+    /// Times that it became coherent.
+    pub recoveries: u64,
+    /// Fences that came back.
+    pub fences: u64,
+    /// How long the last of them took, from before it was sent until it counted: the round trip, the wait behind commits, the look
+    /// at the triggers, and whatever the applier had to do before it.
+    pub fence_took: Duration,
+    /// Messages applied, fences included.
+    pub messages: u64,
+    /// Messages that could not be read, each of which made a table, or all, be forgotten.
+    pub unreadable: u64,
+    /// Times that more came in than [`inbox_bytes_max`](crate::Config::inbox_bytes_max) holds.
+    pub overflows: u64,
+}
+
+/// The live counters behind [`NodeStats`].
+#[derive(Default)]
+pub(crate) struct NodeCounters {
+    pub(crate) gaps: Counter,
+    pub(crate) recoveries: Counter,
+    pub(crate) fences: Counter,
+    fence_nanos: AtomicU64,
+    pub(crate) messages: Counter,
+    pub(crate) unreadable: Counter,
+    pub(crate) overflows: Counter,
+}
+
+impl NodeCounters {
+    /// A fence counts, so long after it was sent.
+    pub(crate) fn fence(&self, took: Duration) {
+        self.fences.add(1);
+        self.fence_nanos.store(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self) -> NodeStats {
+        NodeStats {
+            gaps: self.gaps.get(),
+            recoveries: self.recoveries.get(),
+            fences: self.fences.get(),
+            fence_took: Duration::from_nanos(self.fence_nanos.load(Ordering::Relaxed)),
+            messages: self.messages.get(),
+            unreadable: self.unreadable.get(),
+            overflows: self.overflows.get(),
+        }
+    }
 }
 
 /// One in so many hits leaves a trace in its entry. More would make threads that hit the same entry write to one cache line.

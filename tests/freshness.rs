@@ -391,7 +391,9 @@ pg_test! {
         let before = users.stats();
         db.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and application_name like '%(listener)'").await;
         eventually("the rows are back", async || users.stats().refilled == 600).await;
-        let after = users.stats();
+        let (after, of_node) = (users.stats(), node.stats());
+        assert_eq!((of_node.gaps, of_node.recoveries), (1, 2));
+        assert!(of_node.fences >= 2 && of_node.messages >= of_node.fences && !of_node.fence_took.is_zero());
         assert_eq!(after.gets, before.gets, "nobody has asked for them");
         assert!(all.iter().filter(|id| used(**id)).all(|id| users.peek(id).is_known()));
         assert_eq!(all.iter().filter(|id| users.peek(id).is_known()).count(), 600, "500 that were used, and 100 others");
