@@ -50,8 +50,9 @@ const CLIENTS: &str = "select a.pid, a.usename::text as role, a.application_name
      extract(epoch from clock_timestamp() - a.xact_start)::float8 as transaction_seconds, \
      extract(epoch from clock_timestamp() - a.state_change)::float8 as idle_seconds \
      from pg_stat_activity a \
-     where a.backend_type = 'client backend' and a.pid <> pg_backend_pid() \
-     and a.application_name not like '%(doctor)' order by a.xact_start, a.pid";
+     where (a.backend_type = 'client backend' or a.query = '<insufficient privilege>' and a.datid is not null) \
+     and a.pid <> pg_backend_pid() \
+     and coalesce(a.application_name, '') not like '%(doctor)' order by a.xact_start, a.pid";
 
 #[derive(Deserialize)]
 struct Prepared {

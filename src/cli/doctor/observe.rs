@@ -31,8 +31,11 @@ use crate::{
 /// Fences while observing.
 const FENCES: u32 = 20;
 
-/// A fence of a node that takes longer than its `beat_timeout` is a gap.
+/// A fence of a node that takes longer than its `beat_timeout` (by default this) is a gap.
 const FENCE_WITHIN: Duration = Duration::from_secs(3);
+
+/// What is not back after this does not come.
+const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Notifying transactions a second above which they wait for each other: each holds one lock of the whole server while
 /// its commit is flushed.
@@ -91,7 +94,7 @@ impl Listener {
             }
             None
         };
-        timeout(FENCE_WITHIN, back).await.ok().flatten().ok_or(Late::Unheard)
+        timeout(HEARD_WITHIN, back).await.ok().flatten().ok_or(Late::Unheard)
     }
 }
 
@@ -147,7 +150,10 @@ pub(super) async fn check(control: &Session, mut listener: Listener, report: &mu
         match listener.fence(control, nonce).await {
             Ok(time) => took.push(time),
             Err(Late::Unsent(refused)) => return unsent(control, report, "a fence could not be sent", refused).await,
-            Err(Late::Unheard) => return report.push(late()),
+            Err(Late::Unheard) => {
+                let seconds = HEARD_WITHIN.as_secs();
+                return report.push(late(format!("a fence was sent, and was not back within {seconds} s")));
+            }
         }
     }
     report.push(latency(&mut took));
@@ -216,9 +222,9 @@ async fn unsent(control: &Session, report: &mut Report, what: &str, refused: Ref
     report.push(Finding::error("fence.failed", format!("{what}: {message}")).why("nodes need it once a second"));
 }
 
-fn late() -> Finding {
-    Finding::error("fence.late", format!("a fence was sent, and was not back within {} s", FENCE_WITHIN.as_secs()))
-        .why("a node gives its connection up then, and reads Postgres until it has another")
+fn late(what: String) -> Finding {
+    Finding::error("fence.late", what)
+        .why("a node waits 3 s; then it gives its connection up, and reads Postgres until it has another")
         .cure("look at the load of the server and of this machine, and at the network between them")
 }
 
@@ -226,6 +232,9 @@ fn latency(took: &mut [Duration]) -> Finding {
     took.sort_unstable();
     let ms = |time: Option<&Duration>| time.map_or(0.0, |time| time.as_secs_f64() * 1000.0);
     let (half, most) = (ms(took.get(took.len() / 2)), ms(took.last()));
+    if took.last().is_some_and(|time| *time > FENCE_WITHIN) {
+        return late(format!("a fence took {most:.0} ms")).figure("p50_ms", half).figure("max_ms", most);
+    }
     let severity = match (half, most) {
         (half, _) if half > 100.0 => Severity::Warning,
         (half, most) if half > 10.0 || most > 100.0 => Severity::Note,
