@@ -27,26 +27,39 @@ struct Client {
     role: Option<String>,
     application: Option<String>,
     database: Option<String>,
-    /// Not shown to roles that may not see it.
-    hidden: bool,
     here: bool,
-    idle_in_transaction: bool,
-    /// It does not read what it is sent.
-    stuck: bool,
-    /// What is known of the channels it listens on is the statement that it executed last.
-    listens: bool,
-    listens_to_us: bool,
+    state: State,
+    /// What is known of the channels is the statement that it executed last.
+    listens: Option<Channel>,
     transaction_seconds: Option<f64>,
     idle_seconds: Option<f64>,
 }
 
+#[derive(Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+enum State {
+    /// Not shown to roles that may not see it.
+    Hidden,
+    IdleInTransaction,
+    /// It does not read what it is sent.
+    Stuck,
+    Other,
+}
+
+#[derive(Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+enum Channel {
+    Ours,
+    Another,
+}
+
 const CLIENTS: &str = "select a.pid, a.usename::text as role, a.application_name as application, a.datname::text as database, \
-     coalesce(a.query = '<insufficient privilege>', false) as hidden, \
      coalesce(a.datname = current_database(), false) as here, \
-     coalesce(a.state like 'idle in transaction%', false) as idle_in_transaction, \
-     coalesce(a.wait_event = 'ClientWrite', false) as stuck, \
-     coalesce(a.query ~* '^\\s*listen\\M', false) as listens, \
-     coalesce(a.query ~* '^\\s*listen\\s+\"?rowcache\\M', false) as listens_to_us, \
+     case when a.query = '<insufficient privilege>' then 'hidden' \
+       when a.state like 'idle in transaction%' then 'idle_in_transaction' \
+       when a.wait_event = 'ClientWrite' then 'stuck' else 'other' end as state, \
+     case when a.query ~* '^\\s*listen\\s+\"?rowcache\\M' then 'ours' \
+       when a.query ~* '^\\s*listen\\M' then 'another' end as listens, \
      extract(epoch from clock_timestamp() - a.xact_start)::float8 as transaction_seconds, \
      extract(epoch from clock_timestamp() - a.state_change)::float8 as idle_seconds \
      from pg_stat_activity a \
@@ -68,7 +81,7 @@ const PREPARED: &str = "select gid as name, owner::text, database::text, \
 /// `long_seconds`: from when on a transaction is long.
 pub(super) async fn check(control: &Session, report: &mut Report, server: &Server, long_seconds: f64) {
     let clients = control.ask::<Client>(report, "the sessions", SEES_ALL, CLIENTS).await.unwrap_or_default();
-    let hidden = clients.iter().filter(|client| client.hidden).count();
+    let hidden = clients.iter().filter(|client| client.state == State::Hidden).count();
     if hidden > 0 {
         report.push(
             Finding::note(
@@ -84,7 +97,8 @@ pub(super) async fn check(control: &Session, report: &mut Report, server: &Serve
         queue(control, report, &clients).await;
     }
     transactions(&clients, long_seconds, report);
-    let prepared = control.ask::<Prepared>(report, "prepared transactions", "nothing", PREPARED).await;
+    let prepared =
+        control.ask::<Prepared>(report, "prepared transactions", "select on view pg_prepared_xacts", PREPARED).await;
     for left in prepared.unwrap_or_default() {
         report.push(prepared_transaction(&left, long_seconds));
     }
@@ -92,7 +106,10 @@ pub(super) async fn check(control: &Session, report: &mut Report, server: &Serve
 }
 
 async fn queue(control: &Session, report: &mut Report, clients: &[Client]) {
-    let Some(Queue { usage }) = control.ask_one(report, "the queue of notifications", "nothing", QUEUE).await else {
+    let Some(Queue { usage }) = control
+        .ask_one(report, "the queue of notifications", "execute on function pg_notification_queue_usage()", QUEUE)
+        .await
+    else {
         return;
     };
     let percent = usage * 100.0;
@@ -100,10 +117,13 @@ async fn queue(control: &Session, report: &mut Report, clients: &[Client]) {
     let severity = queue_severity(usage);
     let mut finding = Finding::new(severity, "queue.usage", what).figure("percent", percent);
     if severity > Severity::Ok {
-        let holds = |client: &&Client| client.idle_in_transaction || client.stuck;
         let (mut held, mut pids) = (Vec::new(), Vec::new());
-        for client in clients.iter().filter(holds) {
-            let how = if client.stuck { "does not read what it is sent" } else { "is idle in a transaction" };
+        for client in clients {
+            let how = match client.state {
+                State::Stuck => "does not read what it is sent",
+                State::IdleInTransaction => "is idle in a transaction",
+                State::Hidden | State::Other => continue,
+            };
             held.push(format!("{} {how}", client.name()));
             pids.push(client.pid.to_string());
         }
@@ -145,7 +165,7 @@ fn transactions(clients: &[Client], long_seconds: f64, report: &mut Report) {
     for client in clients {
         let Some(open) = client.transaction_seconds else { continue };
         // A fifth: who idles should not, who works may take longer.
-        let idle = client.idle_seconds.filter(|_| client.idle_in_transaction);
+        let idle = client.idle_seconds.filter(|_| client.state == State::IdleInTransaction);
         let (code, what) = match idle {
             Some(idle) if idle >= long_seconds / 5.0 => (
                 "transaction.idle",
@@ -181,10 +201,10 @@ fn prepared_transaction(left: &Prepared, long_seconds: f64) -> Finding {
 
 fn listeners(clients: &[Client], server: &Server, report: &mut Report) {
     let here = || clients.iter().filter(|client| client.here);
-    let ours = here().filter(|client| client.listens_to_us).count();
+    let ours = here().filter(|client| client.listens == Some(Channel::Ours)).count();
     let noun = if ours == 1 { "session listens" } else { "sessions listen" };
     report.push(Finding::ok("listeners.ours", format!("{ours} {noun} for rowcache, by the last statement")));
-    let others: Vec<_> = here().filter(|client| client.listens && !client.listens_to_us).map(Client::name).collect();
+    let others: Vec<_> = here().filter(|client| client.listens == Some(Channel::Another)).map(Client::name).collect();
     if !others.is_empty() && server.version < 190_000 {
         report.push(
             Finding::note("listeners.others", format!("{} listen on other channels: {}", others.len(), some_of(&others)))

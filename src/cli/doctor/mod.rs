@@ -16,6 +16,7 @@ mod session;
 mod tables;
 
 use std::{
+    collections::HashMap,
     io::{IsTerminal as _, Write as _, stderr},
     process::ExitCode,
     time::Duration,
@@ -40,11 +41,13 @@ Examples:
   rowcache doctor --seconds 30
   rowcache doctor --json | jq -r '.[] | select(.severity == \"error\") | .code'
 
-Exit status, for CI: 0 nothing worse than a note, 1 warnings, 2 errors (or it could not look), 130 interrupted.
+Exit status, for CI: 0 nothing worse than a note, 1 warnings, 2 errors (or it could not look),
+130 interrupted.
 
-It changes nothing. It listens, and sends some 20 notifications on a channel of its own. Any role that may connect can run
-it; what that role may not see is a note that names the missing right. Asking how full the queue of notifications is makes
-Postgres clear it up, if it was stuck.";
+It changes nothing. It listens, and sends some 20 notifications on a channel of its own.
+Any role that may connect can run it; what that role may not see is a note that names the
+missing right. Asking how full the queue of notifications is makes Postgres clear it up,
+if it was stuck.";
 
 const EXIT_WARNING: u8 = 1;
 const EXIT_ERROR: u8 = 2;
@@ -109,14 +112,13 @@ async fn examine(config: &Config, options: &Options) -> Report {
     }
     progress.show("reading the catalogue");
     let has_schema = schema::check(&control, &mut report).await;
-    if has_schema {
-        tables::check(&control, &mut report).await;
-    }
+    let commands = if has_schema { tables::check(&control, &mut report).await } else { HashMap::new() };
     roles::check(&control, &mut report, has_schema).await;
     activity::check(&control, &mut report, &server, options.long_transaction.into()).await;
-    if let Some(listener) = listener {
+    if let Some(listener) = listener.filter(|_| !report.has(session::LOST)) {
         progress.show(&format!("observing for {} s", options.seconds));
-        observe::check(&control, listener, &mut report, Duration::from_secs(options.seconds)).await;
+        let time = Duration::from_secs(options.seconds);
+        observe::check(&control, listener, &mut report, time, &commands).await;
     }
     report
 }

@@ -5,6 +5,7 @@
 //! mode a session that notifies itself would hear itself.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -130,8 +131,14 @@ fn pooler(seen: &str) -> Finding {
         .cure("give the listener a direct connection to the primary, or a pooler in session mode")
 }
 
-/// Observes for `time`.
-pub(super) async fn check(control: &Session, mut listener: Listener, report: &mut Report, time: Duration) {
+/// Observes for `time`. `commands` track each table again.
+pub(super) async fn check(
+    control: &Session,
+    mut listener: Listener,
+    report: &mut Report,
+    time: Duration,
+    commands: &HashMap<String, String>,
+) {
     if !proves_delivery(control, &mut listener, report).await {
         return;
     }
@@ -159,7 +166,7 @@ pub(super) async fn check(control: &Session, mut listener: Listener, report: &mu
     report.push(latency(&mut took));
     let counted = listener.seen.lock().unwrap_or_else(PoisonError::into_inner).counted();
     if let Some((counts, time)) = counted {
-        traffic(&counts, time, report);
+        traffic(&counts, time, commands, report);
     }
 }
 
@@ -200,7 +207,7 @@ async fn unsent(control: &Session, report: &mut Report, what: &str, refused: Ref
     let message = match refused {
         Refused::Right(message) | Refused::Lost(message) | Refused::Other(message) => message,
         Refused::Locked => {
-            let holder = control.ask_one::<Holder>(report, "locks", "nothing", HOLDER).await;
+            let holder = control.ask_one::<Holder>(report, "locks", "select on view pg_locks", HOLDER).await;
             let by = holder.map_or_else(String::new, |Holder { pid, waits_for }| {
                 let waits = waits_for.map_or_else(String::new, |event| format!(", which waits for {event}"));
                 format!(": pid {pid}{waits}")
@@ -250,7 +257,7 @@ fn latency(took: &mut [Duration]) -> Finding {
     }
 }
 
-fn traffic(counts: &Counts, time: Duration, report: &mut Report) {
+fn traffic(counts: &Counts, time: Duration, commands: &HashMap<String, String>, report: &mut Report) {
     let seconds = time.as_secs_f64().max(0.001);
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
     let per_second = |count: u64| count as f64 / seconds;
@@ -273,11 +280,14 @@ fn traffic(counts: &Counts, time: Duration, report: &mut Report) {
         let rate = per_second(table.whole.count);
         let severity = if rate >= 1.0 { Severity::Warning } else { Severity::Note };
         let what = format!("{name}: {} transactions told a change of the whole table", table.whole.count);
+        let track = commands.get(*name).map_or_else(|| format!("rowcache track {name}"), Clone::clone);
         report.push(
             Finding::new(severity, "notify.whole_table", what)
                 .about(*name)
                 .why("every node drops the table from memory each time")
-                .cure(format!("rowcache track {name} --max-keys N, with the options it has now; or fewer rows per statement, no TRUNCATE"))
+                .cure(format!(
+                    "{track} --max-keys N (rows of a statement), or fewer rows per statement, and no TRUNCATE"
+                ))
                 .figure("per_second", rate),
         );
     }

@@ -73,7 +73,8 @@ const TABLES: &str = "select r.rolname::text as role, t.relation as object, \
      order by 2, 3, 1";
 
 pub(super) async fn check(control: &Session, report: &mut Report, has_schema: bool) {
-    let connecting: Option<Connecting> = control.ask_one(report, "the roles", "nothing", CONNECTING).await;
+    let connecting: Option<Connecting> =
+        control.ask_one(report, "the roles", "select on view pg_roles", CONNECTING).await;
     if let Some(Connecting { roles }) = connecting {
         let severity = if roles > 1 { Severity::Note } else { Severity::Ok };
         let (noun, may) = if roles == 1 { ("role", "may") } else { ("roles", "may") };

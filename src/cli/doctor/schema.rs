@@ -37,7 +37,10 @@ const APPLIED: &str = "select version, encode(checksum, 'hex') as checksum from 
 
 /// Whether tables can be asked for.
 pub(super) async fn check(control: &Session, report: &mut Report) -> bool {
-    let Some(schema) = control.ask::<Schema>(report, "schema rowcache", "nothing", SCHEMA).await else { return false };
+    let Some(schema) = control.ask::<Schema>(report, "schema rowcache", "select on table pg_namespace", SCHEMA).await
+    else {
+        return false;
+    };
     let Some(schema) = schema.first() else {
         report.push(
             Finding::error("schema.missing", "this database has no schema rowcache")

@@ -48,7 +48,7 @@ struct Default {
 }
 
 pub(super) async fn check(control: &Session, report: &mut Report) -> Option<Server> {
-    let server: Server = control.ask_one(report, "the server", "nothing", SERVER).await?;
+    let server: Server = control.ask_one(report, "the server", "select on view pg_settings", SERVER).await?;
     report.push(version(server.version, &server.version_name, jiff::Zoned::now().date()));
     if server.is_standby {
         report.push(
@@ -59,7 +59,9 @@ pub(super) async fn check(control: &Session, report: &mut Report) -> Option<Serv
     } else {
         report.push(Finding::ok("server.primary", format!("connected as {} to {}", server.role, server.database)));
     }
-    let defaults = control.ask::<Default>(report, "the defaults of roles and databases", "nothing", DEFAULTS).await;
+    let defaults = control
+        .ask::<Default>(report, "the defaults of roles and databases", "select on table pg_db_role_setting", DEFAULTS)
+        .await;
     settings(&server, &defaults.unwrap_or_default(), report);
     Some(server)
 }

@@ -23,7 +23,7 @@ const PREFIX: &str = "set local search_path = pg_catalog, pg_temp; set local quo
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// The code of the finding that nothing can be asked any more.
-const LOST: &str = "connection.lost";
+pub(super) const LOST: &str = "connection.lost";
 
 /// One connection; ends when it is dropped.
 pub(super) struct Session {
@@ -106,7 +106,7 @@ impl Session {
                     .cure("run it again"),
             ),
             Err(Refused::Other(message)) => {
-                report.push(Finding::warning("check.failed", format!("cannot look at {what}: {message}")).about(what))
+                report.push(Finding::warning("check.failed", format!("cannot look at {what}: {message}")).about(what));
             }
         }
         None

@@ -1,6 +1,6 @@
 //! The tracked tables: whether every write is told (as `rowcache.problems` sees it), and what else is unwise about them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Deserialize;
 
@@ -26,6 +26,11 @@ struct Tracked {
     row_security: Option<bool>,
     /// Quoted where needed, with commas.
     key: String,
+    key_columns: Vec<String>,
+    columns: Vec<String>,
+    ignored: Vec<String>,
+    max_keys: u32,
+    level: String,
     key_is_unique: bool,
     sent: Vec<Sent>,
 }
@@ -34,7 +39,7 @@ struct Tracked {
 /// sent as hashes is a column of the view in schemas that can do that.
 const TRACKED: &str = "select t.relation as name, \
      coalesce((to_jsonb(t) ->> 'hash_keys')::boolean, (to_jsonb(t) ->> 'hashed')::boolean, false) as hashed, \
-     t.problems, c.relpersistence as persistence, c.relrowsecurity as row_security, \
+     t.key_columns, t.columns, t.ignored, t.max_keys, t.level, t.problems, c.relpersistence as persistence, c.relrowsecurity as row_security, \
      coalesce((select string_agg(quote_ident(k), ', ') from unnest(t.key_columns) k), '') as key, \
      exists ( \
        select from pg_index i \
@@ -82,11 +87,11 @@ const LEFTOVERS: &str = "with recursive up(table_oid, ancestor) as ( \
        ) \
      end order by 1";
 
-/// The names of the tracked tables.
-pub(super) async fn check(control: &Session, report: &mut Report) -> Vec<String> {
+/// Returns the command that tracks each table again, by name, without its `--max-keys`.
+pub(super) async fn check(control: &Session, report: &mut Report) -> HashMap<String, String> {
     let needs = "select on view rowcache.tracked";
     let Some(tables) = control.ask::<Tracked>(report, "the tracked tables", needs, TRACKED).await else {
-        return Vec::new();
+        return HashMap::new();
     };
     if tables.is_empty() {
         report.push(
@@ -116,7 +121,33 @@ pub(super) async fn check(control: &Session, report: &mut Report) -> Vec<String>
                 .cure(format!("rowcache untrack {name}")),
         );
     }
-    tables.into_iter().map(|table| table.name).collect()
+    tables.iter().map(|table| (table.name.clone(), table.track_command())).collect()
+}
+
+impl Tracked {
+    /// Tracks it again as it is tracked now, but for its `--max-keys`.
+    fn track_command(&self) -> String {
+        let mut command = format!("rowcache track {}", shell(&self.name));
+        for (option, columns) in [("key", &self.key_columns), ("columns", &self.columns), ("ignore", &self.ignored)] {
+            if !columns.is_empty() {
+                command += &format!(" --{option} {}", shell(&columns.join(",")));
+            }
+        }
+        if self.level == "row" {
+            command += " --level row";
+        }
+        command
+    }
+
+    fn track_command_in_full(&self) -> String {
+        format!("{} --max-keys {}", self.track_command(), self.max_keys)
+    }
+}
+
+/// As one word of a shell's command line.
+fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_.,".contains(c);
+    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 /// What `rowcache.problems` says. Many partitions with one fault and one cure are one finding.
@@ -133,7 +164,8 @@ fn problems(table: &Tracked, report: &mut Report) {
             0 => String::new(),
             n => format!(" (and {n} more like it)"),
         };
-        let mut finding = Finding::error(code, format!("{}: {}{more}", table.name, whats[0])).about(&*table.name);
+        let name = if whats[0].contains(&table.name) { String::new() } else { format!("{}: ", table.name) };
+        let mut finding = Finding::error(code, format!("{name}{}{more}", whats[0])).about(&*table.name);
         if !cure.is_empty() {
             finding = finding.cure(cure);
         }
@@ -194,7 +226,26 @@ fn unwise(table: &Tracked, report: &mut Report) {
             )
             .about(name)
             .why("every role that may connect may LISTEN, and read it")
-            .cure(format!("rowcache track {name} --hash-keys, with the options it has now")),
+            .cure(format!("{} --hash-keys", table.track_command_in_full())),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_that_tracks_it_again_keeps_its_options() {
+        let table = serde_json::json!({
+            "name": "public.\"Users\"", "hashed": false, "problems": [], "persistence": "p", "row_security": false, "key": "",
+            "key_columns": ["org", "it's"], "columns": ["a"], "ignored": ["b", "c"], "max_keys": 7, "level": "row",
+            "key_is_unique": true, "sent": [],
+        });
+        let table: Tracked = serde_json::from_value(table).expect("a table");
+        assert_eq!(
+            table.track_command_in_full(),
+            r#"rowcache track 'public."Users"' --key 'org,it'\''s' --columns a --ignore b,c --level row --max-keys 7"#
         );
     }
 }

@@ -128,6 +128,21 @@ pg_test! {
         doctor(&db.url).await.has_not("check.locked");
     }
 
+    async fn a_connection_that_is_lost_meanwhile(test: Test) {
+        let db = prepared(test.version).await;
+        let migration = db.client().await;
+        migration.batch_execute("begin; lock table rowcache.migrations").await.expect("locked");
+        let doctor = tokio::spawn({
+            let url = db.url.clone();
+            async move { doctor(&url).await }
+        });
+        let terminate = "select count(pg_terminate_backend(pid)) from pg_locks where not granted and relation = 'rowcache.migrations'::regclass";
+        support::eventually("it waits", async || psql(&db, &[terminate]).await == "1\n").await;
+        let found = doctor.await.expect("no panic");
+        found.has("error", "connection.lost", &["which migrations have been run", "the rest was not looked at"]);
+        assert_eq!(found.bad(), ["connection.lost"], "{found}");
+    }
+
     async fn ctrl_c_ends_it(test: Test) {
         let db = prepared(test.version).await;
         let doctor = Running::start(rowcache_on(&db.url, &["doctor", "--seconds", "3600"]));

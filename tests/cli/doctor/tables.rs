@@ -51,7 +51,7 @@ pg_test! {
             "create table child2 (primary key (id)) inherits (parent)",
         ]).await;
         let found = doctor(&db.url).await;
-        found.has("error", "trigger.disabled", &["public.off: ", "zz_rowcache_insert", "select rowcache.track('public.off'"]);
+        found.has("error", "trigger.disabled", &["zz_rowcache_insert on public.off is disabled", "select rowcache.track('public.off'"]);
         found.has("error", "trigger.replaced", &["public.other", "calls another function"]);
         found.has("error", "trigger.not_always", &["public.origin", "zz_rowcache_delete"]);
         found.has("error", "function.drifted", &["public.drifted"]);
@@ -110,7 +110,7 @@ pg_test! {
         assert_eq!(secrets.len(), 2, "{found}");
         assert!(secrets[0].contains("public.logins: column Token (text)"), "{found}");
         assert!(secrets[1].contains("public.people: column email (character varying(80))"), "{found}");
-        assert!(found.all("key.secret")[0]["cure"].as_str().unwrap().starts_with("rowcache track public.logins --hash-keys"));
+        assert!(found.all("key.secret")[0]["cure"].as_str().unwrap().starts_with("rowcache track public.logins --key Token --max-keys 10000 --hash-keys"));
         found.has("note", "table.unlogged", &["public.volatile", "incarnation"]);
         found.has("warning", "table.row_security", &["public.hidden", "every caller"]);
         found.has("warning", "table.key_not_unique", &["public.keyless", "(\"A\", b)"]);

@@ -46,7 +46,7 @@ pg_test! {
         let writer = Again::start(&db, "update users set name = 'y'").await;
         let found = doctor(&db.url).await;
         writer.stop(&db).await;
-        found.has("warning", "notify.whole_table", &["public.users", "rowcache track public.users --max-keys"]);
+        found.has("warning", "notify.whole_table", &["public.users", "rowcache track public.users --key id --max-keys"]);
         run(&db.url, &["track", "users"]).await.ok();
         let writer = Again::start(&db, "update users set name = 'y'").await;
         let found = doctor(&db.url).await;
