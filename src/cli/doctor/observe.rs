@@ -312,3 +312,22 @@ pub(super) fn no_listener(error: crate::Error) -> Finding {
         .why("a node needs two for its line, and those of its pool")
         .cure("raise max_connections, or the role's or database's connection limit")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fence_is_judged_by_the_median_and_by_what_a_node_waits_for() {
+        let judged = |half: u64, most: u64| {
+            let mut took = [half, half, half, most].map(Duration::from_millis);
+            let found = serde_json::to_value(latency(&mut took)).expect("JSON");
+            format!("{} {}", found["severity"].as_str().expect("text"), found["code"].as_str().expect("text"))
+        };
+        assert_eq!(judged(1, 5), "ok fence.latency");
+        assert_eq!(judged(1, 200), "note fence.latency");
+        assert_eq!(judged(20, 30), "note fence.latency");
+        assert_eq!(judged(101, 200), "warning fence.latency");
+        assert_eq!(judged(1, 3001), "error fence.late");
+    }
+}

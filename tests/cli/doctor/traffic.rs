@@ -5,7 +5,11 @@ use tokio::task::JoinHandle;
 use super::{doctor, prepare, prepared};
 use crate::{
     program::{psql, run},
-    support::{self, TestDb, Version, database_on, server},
+    support::{
+        self, TestDb, Version, database_on,
+        proxy::{Direction, Flow, Proxy},
+        server,
+    },
 };
 
 /// Runs a transaction over and over, at the server, until [`stop`](Self::stop).
@@ -142,5 +146,37 @@ pg_test! {
         let found = doctor(&db.url).await;
         found.has("ok", "queue.usage", &["0.0 %"]);
         found.has("ok", "listen.arrives", &[]);
+    }
+
+    async fn a_listener_that_does_not_read(test: Test) {
+        if test.version == Version::V15 {
+            // Its queue cannot be made small enough.
+            return;
+        }
+        let server = server(test.version, &[("max_notify_queue_pages", "64")]).await;
+        let db = database_on(&server, test.version).await;
+        run(&db.url, &["migrate", "up"]).await.ok();
+        let proxy = Proxy::start(db.port).await;
+        let through = TestDb { url: proxy.url(&db.url), ..db.clone() };
+        let stuck = through.client().await;
+        let pid = stuck.backend_pid().await;
+        stuck.batch_execute("listen noise").await.expect("listens");
+        doctor(&db.url).await.has("ok", "queue.usage", &[]);
+        proxy.set(Direction::Down, Flow::Stall);
+        // First the buffers of its socket fill, then the queue.
+        let writer = db.client().await;
+        support::eventually("the queue is a fifth full", async || {
+            let send = "select count(pg_notify('noise', rpad(n || random()::text, 7900))) from generate_series(1, 5) n";
+            writer.query_one(send, &[]).await.expect("sends");
+            let usage = writer.query_one("select pg_notification_queue_usage()", &[]).await.expect("asks");
+            usage.get::<_, f64>(0) > 0.2
+        })
+        .await;
+        let found = doctor(&db.url).await;
+        let held_back = [&*format!("pid {pid} "), "does not read", &format!("pg_terminate_backend({pid})")];
+        found.has("warning", "queue.usage", &held_back);
+        proxy.set(Direction::Down, Flow::Pass);
+        stuck.query_one("select 1", &[]).await.expect("reads on");
+        doctor(&db.url).await.has("ok", "queue.usage", &[]);
     }
 }
