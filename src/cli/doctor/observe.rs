@@ -145,13 +145,23 @@ pub(super) async fn check(
     if let Err(refused) = listener.session.run(&format!("listen {CHANNEL}")).await {
         return unsent(control, report, "LISTEN failed", refused).await;
     }
+    fences(control, &mut listener, report, time).await;
+    let counted = listener.seen.lock().unwrap_or_else(PoisonError::into_inner).counted(Instant::now());
+    if let Some((counts, time)) = counted {
+        traffic(&counts, time, commands, report);
+    }
+}
+
+/// Sends fences for so long, or until one is missing. Fewer where each takes long: the time is kept.
+async fn fences(control: &Session, listener: &mut Listener, report: &mut Report, time: Duration) {
     let mut took = Vec::new();
     let began = Instant::now();
     for n in 0..FENCES {
         sleep((time * n / (FENCES - 1)).saturating_sub(began.elapsed())).await;
+        let is_last = n + 1 == FENCES || (n > 0 && began.elapsed() >= time);
         let nonce = match n {
             0 => listener.first,
-            n if n + 1 == FENCES => listener.last,
+            _ if is_last => listener.last,
             _ => Uuid::new_v4(),
         };
         match listener.fence(control, nonce).await {
@@ -162,12 +172,11 @@ pub(super) async fn check(
                 return report.push(late(format!("a fence was sent, and was not back within {seconds} s")));
             }
         }
+        if is_last {
+            break;
+        }
     }
     report.push(latency(&mut took));
-    let counted = listener.seen.lock().unwrap_or_else(PoisonError::into_inner).counted();
-    if let Some((counts, time)) = counted {
-        traffic(&counts, time, commands, report);
-    }
 }
 
 /// Whether a notification reaches the session that listens, while that is idle.

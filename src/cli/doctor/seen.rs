@@ -85,9 +85,10 @@ impl Seen {
         }
     }
 
-    /// What was counted, and in how long; `None` before the last fence.
-    pub(super) fn counted(&self) -> Option<(Counts, Duration)> {
-        Some((self.counts.clone(), self.ended?.duration_since(self.began?)))
+    /// What was counted, and in how long: up to the last fence, or, if messages arrive faster than they are read so that it
+    /// is not back, until now. `None` before the first.
+    pub(super) fn counted(&self, now: Instant) -> Option<(Counts, Duration)> {
+        Some((self.counts.clone(), self.ended.unwrap_or(now).duration_since(self.began?)))
     }
 }
 
@@ -122,6 +123,7 @@ mod tests {
         let start = Instant::now();
         let keys = |table: &str, xid: u64| format!(r#"{{"v":1,"t":"{table}","x":{xid},"k":[1]}}"#);
         seen.message(&keys("a.a", 1));
+        assert!(seen.counted(start).is_none());
         seen.fence(first, start);
         for message in [
             keys("a.a", 2),
@@ -134,10 +136,11 @@ mod tests {
         ] {
             seen.message(&message);
         }
-        assert!(seen.counted().is_none());
+        let later = start + Duration::from_secs(12);
+        assert_eq!(seen.counted(later).expect("the first fence is back").1, Duration::from_secs(12));
         seen.fence(last, start + Duration::from_secs(2));
         seen.message(&keys("a.a", 9));
-        let (counts, time) = seen.counted().expect("both fences are back");
+        let (counts, time) = seen.counted(later).expect("both fences are back");
         assert_eq!((time, counts.transactions.count, counts.unreadable), (Duration::from_secs(2), 3, 1));
         let of = |name: &str| (counts.tables[name].transactions.count, counts.tables[name].whole.count);
         assert_eq!((of("a.a"), of("a.b")), ((3, 2), (1, 0)));
