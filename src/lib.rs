@@ -77,7 +77,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | (none) | the library |
-//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `watch`, `demo` |
+//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `watch`, `doctor`, `demo` |
 
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -9,6 +9,8 @@ mod support;
 mod commands;
 #[path = "cli/demo.rs"]
 mod demo;
+#[path = "cli/doctor/mod.rs"]
+mod doctor;
 #[path = "cli/program.rs"]
 mod program;
 #[path = "cli/watch.rs"]

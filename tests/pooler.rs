@@ -5,8 +5,11 @@
 #[macro_use]
 mod support;
 mod fixture;
+#[allow(dead_code)] // uses its part
+#[path = "cli/program.rs"]
+mod program;
 
-use std::{fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Stdio};
+use std::{collections::HashMap, fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Stdio};
 
 use fixture::{hasty, users_db};
 use rowcache::Node;
@@ -22,6 +25,11 @@ struct Pooler {
 impl Pooler {
     /// `None`, said on stderr, where PgBouncer is not installed.
     async fn start(db: &support::TestDb) -> Option<Self> {
+        Self::start_with(db, "").await
+    }
+
+    /// With further lines in its settings.
+    async fn start_with(db: &support::TestDb, further: &str) -> Option<Self> {
         if which::which("pgbouncer").is_err() {
             assert!(std::env::var_os("ROWCACHE_TEST_REQUIRE_ALL").is_none(), "pgbouncer is not installed");
             writeln!(std::io::stderr(), "SKIPPED: pgbouncer is not installed").expect("stderr is open");
@@ -33,7 +41,7 @@ impl Pooler {
         let port = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound").port();
         let settings = format!(
             "[databases]\n* = user=postgres host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
-             auth_type = any\npool_mode = transaction\nunix_socket_dir =\nignore_startup_parameters = extra_float_digits\n",
+             auth_type = any\npool_mode = transaction\nunix_socket_dir =\nignore_startup_parameters = extra_float_digits\n{further}",
             db.port,
         );
         let file = directory.path().join("pgbouncer.ini");
@@ -90,6 +98,48 @@ pg_test! {
             assert!(text.contains("prepared statements") && text.contains("PgBouncer 1.21"), "{error:?}");
         }
     }
+}
+
+pg_test! {
+    async fn doctor_sees_that_two_sessions_share_a_connection(test: Test) {
+        let db = users_db(test.version).await;
+        let Some(pooler) = Pooler::start(&db).await else { return };
+        let found = doctor(&pooler.url(&db)).await;
+        let pooler = &found["pooler.transaction_mode"];
+        assert!(pooler.starts_with("error ") && pooler.contains("took turns on one connection"), "{found:#?}");
+        assert!(!found.contains_key("listen.arrives"), "{found:#?}");
+        // Everything else is looked at all the same, and nothing is left behind.
+        assert!(found["tables.whole"].starts_with("ok "), "{found:#?}");
+        let listens = "select count(*) from pg_stat_activity where datname = current_database() and query ilike '%listen%' \
+             and pid <> pg_backend_pid()";
+        assert_eq!(program::psql(&db, &[listens]).await, "0\n");
+        assert!(doctor(&db.url).await["listen.arrives"].starts_with("ok "));
+    }
+
+    async fn doctor_sees_that_nothing_arrives(test: Test) {
+        let db = users_db(test.version).await;
+        // By turns, and there are two: each session meets the same connection again.
+        let Some(pooler) = Pooler::start_with(&db, "server_round_robin = 1\n").await else { return };
+        let url = pooler.url(&db);
+        let (one, two) = (support::connect(&url).await, support::connect(&url).await);
+        one.batch_execute("begin").await.expect("takes a connection");
+        two.batch_execute("begin").await.expect("takes another one");
+        one.batch_execute("commit").await.expect("gives it back");
+        two.batch_execute("commit").await.expect("gives it back");
+        let found = doctor(&url).await;
+        let pooler = &found["pooler.transaction_mode"];
+        assert!(pooler.starts_with("error ") && pooler.contains("did not reach the session that listens"), "{found:#?}");
+        assert!(!found.contains_key("listen.arrives"), "{found:#?}");
+    }
+}
+
+/// What `rowcache doctor` finds, as `severity what`, by code.
+async fn doctor(url: &str) -> HashMap<String, String> {
+    let ended = program::run(url, &["doctor", "--json", "--seconds", "1"]).await;
+    let findings: Vec<serde_json::Value> =
+        serde_json::from_str(&ended.out).unwrap_or_else(|error| panic!("{error}: {ended:#?}"));
+    let text = |value: &serde_json::Value| value.as_str().expect("text").to_owned();
+    findings.iter().map(|it| (text(&it["code"]), format!("{} {}", text(&it["severity"]), text(&it["what"])))).collect()
 }
 
 async fn users_of(node: &Node) -> rowcache::Result<fixture::Users> {

@@ -7,6 +7,7 @@ mod commit_time;
 mod connect;
 mod database;
 mod demo;
+mod doctor;
 pub mod logs;
 mod programs;
 mod report;
@@ -30,6 +31,7 @@ Three steps, on a database of yours:
   rowcache migrate up              creates schema `rowcache` (tables of yours are not touched)
   rowcache track public.users      puts triggers on a table
   rowcache watch                   shows every change as it reaches the nodes
+Something is not as it should be? `rowcache doctor` says what, and what cures it.
 
 No database at hand? `rowcache demo` brings its own.";
 
@@ -83,6 +85,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Looks for what is wrong: triggers, roles, settings, poolers, open transactions, too many notifications; and says
+    /// what cures it.
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::Options),
     /// Shows it at work: a throw-away database, psql processes that write, nodes that read, and a check of every promise.
     #[command(after_help = demo::HELP)]
     Demo(demo::Options),
@@ -196,6 +202,7 @@ impl Cli {
             Command::Untrack { tables } => database::untrack(&self.url(), tables).await?,
             Command::Tracked { json } => database::tracked(&self.url(), *json).await?,
             Command::Watch { tables, json } => watch::watch(&self.url(), tables, *json).await?,
+            Command::Doctor(options) => return doctor::doctor(&self.url(), options).await,
             Command::Demo(options) => return demo::demo(self.database_url.as_deref(), options).await,
         }
         Ok(ExitCode::SUCCESS)

@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// The oldest and the newest version of the schema that this library works with.
-const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
+pub(crate) const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
 
 /// Settings of both sessions. Nothing may time out an idle listener; a dead peer must not hold the server's
 /// notification queue for hours; a fence must not wait for ever.
@@ -163,7 +163,7 @@ pub(crate) async fn open(
 }
 
 /// One session; its task calls `received` and `lost`.
-async fn connect(
+pub(crate) async fn connect(
     config: &Config,
     role: &str,
     received: impl Fn(Received) + Send + Sync + 'static,

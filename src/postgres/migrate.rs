@@ -139,6 +139,16 @@ pub fn print() -> Vec<File> {
     migrator().iter().map(file).collect()
 }
 
+/// Number, name and checksum (in hex) of every migration that this crate carries.
+#[cfg(feature = "cli")]
+pub(crate) fn known() -> Vec<(i64, String, String)> {
+    let known = |migration: &Migration| {
+        let checksum = migration.checksum.iter().map(|byte| format!("{byte:02x}")).collect();
+        (migration.version, name(migration), checksum)
+    };
+    migrator().iter().filter(|m| m.migration_type.is_up_migration()).map(known).collect()
+}
+
 async fn named<T>(doing: &str, work: impl Future<Output = Result<T, MigrateError>>) -> Result<T> {
     work.await.map_err(|error| match error {
         MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => refusal(doing, error),

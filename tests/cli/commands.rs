@@ -16,7 +16,7 @@ async fn help_teaches() {
     assert!(at("rowcache migrate up") < at("rowcache track public.users"));
     assert!(at("rowcache track public.users") < at("rowcache watch"));
     assert!(at("rowcache demo") > 0 && at("DATABASE_URL") > 0);
-    for command in ["migrate", "track", "untrack", "tracked", "watch", "demo"] {
+    for command in ["migrate", "track", "untrack", "tracked", "watch", "doctor", "demo"] {
         let help = end(rowcache(&[command, "--help"])).await.ok();
         assert!(help.contains("Example") && help.contains(&format!("  rowcache {command}")), "{help}");
     }
