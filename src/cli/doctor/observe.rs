@@ -22,12 +22,7 @@ use super::{
     seen::{Counts, Seen},
     session::{Refused, Session},
 };
-use crate::{
-    Config,
-    change::{CHANNEL, Message, fence_payload},
-    cli::report::with_causes,
-    postgres::line::Received,
-};
+use crate::{Config, change::CHANNEL, cli::report::with_causes, postgres::line::Received};
 
 /// Fences while observing.
 const FENCES: u32 = 20;
@@ -66,7 +61,7 @@ impl Listener {
             match received {
                 Received::Change(payload) => seen.message(&payload),
                 Received::Own(payload) => {
-                    if let Message::Fence(nonce) = Message::parse(&payload) {
+                    if let Ok(nonce) = payload.parse::<Uuid>() {
                         let now = Instant::now();
                         seen.fence(nonce, now);
                         // Full only if somebody else sends here; the socket is read on.
@@ -84,8 +79,8 @@ impl Listener {
     async fn fence(&mut self, control: &Session, nonce: Uuid) -> Result<Duration, Late> {
         let sent = Instant::now();
         let millis = FENCE_WITHIN.as_millis();
-        let (channel, payload) = (&self.channel, fence_payload(nonce));
-        let send = format!("set local lock_timeout = {millis}; select pg_catalog.pg_notify('{channel}', '{payload}')");
+        let channel = &self.channel;
+        let send = format!("set local lock_timeout = {millis}; select pg_catalog.pg_notify('{channel}', '{nonce}')");
         control.run(&send).await.map_err(Late::Unsent)?;
         let back = async {
             while let Some((received, at)) = self.fences.recv().await {

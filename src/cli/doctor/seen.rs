@@ -80,7 +80,7 @@ impl Seen {
         match Message::parse(payload) {
             Message::Change(change) => self.counts.change(change),
             // A fence belongs on its node's own channel.
-            Message::Fence(_) => self.counts.unreadable("a fence, which has no business on this channel".into()),
+            Message::Fence(..) => self.counts.unreadable("a fence, which has no business on this channel".into()),
             Message::Unreadable { error, .. } => self.counts.unreadable(error),
         }
     }
