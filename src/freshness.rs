@@ -253,18 +253,16 @@ impl<K: Key, V: FromRow> Table<K, V> {
 
     /// The rows, if all are held and are what one snapshot of the database shows.
     ///
-    /// 1. What the applier has applied, and up to where the log is covered, is noted.
-    /// 2. Each entry is looked up. What its load saw is covered: it has been applied, so it was before 1.
-    /// 3. Nothing was applied in the meantime. So each entry shows all that was applied at 1 and nothing else (I1).
+    /// 1. The gate's word, and up to where the log is covered, are noted, in this order.
+    /// 2. Each entry is looked up. It is under that word, so no gap lies between. What its load saw is covered: it had been
+    ///    applied at 1. Nothing that was applied at 1 is missing (I1). So each entry shows just what had been applied at 1.
     fn held_together(&self, keys: &[K]) -> Option<Vec<Option<Cached<V>>>> {
-        let horizon = &self.shared().horizon;
-        let sight = horizon.sight();
-        let held = |key| self.store.peek_used(key).filter(|entry| sight.covers(entry.lsn()));
-        let rows: Vec<_> = keys.iter().map(held).collect::<Option<_>>()?;
-        horizon.is_unchanged_since(sight).then(|| {
-            self.store.counters.hits(keys.len() as u64);
-            rows.into_iter().map(Cached::new).collect()
-        })
+        let word = self.store.word();
+        let covered = self.shared().horizon.covered();
+        let held = |key| self.store.peek_used(key).filter(|entry| entry.is_within(word, covered)).map(Cached::new);
+        let rows = keys.iter().map(held).collect::<Option<_>>()?;
+        self.store.counters.hits(keys.len() as u64);
+        Some(rows)
     }
 
     /// All rows with one statement. Nothing is kept, and what was held of these rows is forgotten: it may be older.

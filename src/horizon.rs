@@ -1,6 +1,5 @@
-//! How far this node is, for readers: three numbers that are read without a lock, and written by the applier.
-//!
-//! Written in one order and read in the other, so that what a reader sees is never newer than what holds.
+//! How far this node is, for readers: two numbers that are read without a lock, and written when a fence counts, after the
+//! gates have moved. So who reads one of them, and then an entry, never takes the entry for fresher than it is.
 
 use std::time::Duration;
 
@@ -16,22 +15,6 @@ pub(crate) struct Horizon {
     as_of: AtomicU64,
     /// Every commit logged before this position has been applied. 0 in a gap.
     lsn: AtomicU64,
-    /// Grows before each message is applied.
-    applied: AtomicU64,
-}
-
-/// What a reader of several entries notes before the first, and compares after the last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Sight {
-    applied: u64,
-    lsn: u64,
-}
-
-impl Sight {
-    /// Whether all commits that a load saw, which says this of itself, have been applied.
-    pub(crate) fn covers(self, lsn: u64) -> bool {
-        lsn <= self.lsn
-    }
 }
 
 impl Horizon {
@@ -47,11 +30,6 @@ impl Horizon {
         self.lsn.store(0, Ordering::SeqCst);
     }
 
-    /// A message is about to be applied.
-    pub(crate) fn applying(&self) {
-        self.applied.fetch_add(1, Ordering::SeqCst);
-    }
-
     /// The time since everything visible was last known to have been applied.
     pub(crate) fn age(&self, now: Boot) -> Duration {
         match self.as_of.load(Ordering::SeqCst) {
@@ -60,15 +38,9 @@ impl Horizon {
         }
     }
 
-    /// Notes where the applier is.
-    pub(crate) fn sight(&self) -> Sight {
-        let applied = self.applied.load(Ordering::SeqCst);
-        Sight { applied, lsn: self.lsn.load(Ordering::SeqCst) }
-    }
-
-    /// Whether nothing has been applied since.
-    pub(crate) fn is_unchanged_since(&self, sight: Sight) -> bool {
-        self.applied.load(Ordering::SeqCst) == sight.applied
+    /// Every commit logged up to this position has been applied. 0 in a gap.
+    pub(crate) fn covered(&self) -> u64 {
+        self.lsn.load(Ordering::SeqCst)
     }
 }
 
@@ -81,16 +53,11 @@ mod tests {
         let horizon = Horizon::default();
         let seconds = Duration::from_secs;
         assert_eq!(horizon.age(seconds(10)), Duration::MAX);
-        assert!(!horizon.sight().covers(1));
+        assert_eq!(horizon.covered(), 0);
         horizon.advance(seconds(8), 100);
-        assert_eq!(horizon.age(seconds(10)), seconds(2));
-        let sight = horizon.sight();
-        assert!(sight.covers(100) && !sight.covers(101));
-        assert!(horizon.is_unchanged_since(sight));
-        horizon.applying();
-        assert!(!horizon.is_unchanged_since(sight));
+        assert_eq!((horizon.age(seconds(10)), horizon.covered()), (seconds(2), 100));
         horizon.gap();
-        assert!(!horizon.sight().covers(1));
+        assert_eq!(horizon.covered(), 0);
         assert_eq!(horizon.age(seconds(10)), seconds(2), "what was held is so old");
     }
 }

@@ -197,7 +197,6 @@ impl Shared {
     }
 
     fn apply_one(&self, item: Item) {
-        self.horizon.applying();
         self.counters.messages.add(1);
         let cleared = match item {
             Item::Own(payload) => match Message::parse(&payload) {

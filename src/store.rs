@@ -71,8 +71,9 @@ impl<V> Entry<V> {
         Self { word, lsn, heat: AtomicU32::new(0), value }
     }
 
-    pub(crate) fn lsn(&self) -> u64 {
-        self.lsn
+    /// Whether the load saw only commits logged before this position, and its entry is of the time when the gate showed this.
+    pub(crate) fn is_within(&self, word: Word, lsn: u64) -> bool {
+        self.word == word && self.lsn <= lsn
     }
 }
 
@@ -236,6 +237,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Whether entries may be published and served.
     pub(crate) fn is_coherent(&self) -> bool {
         self.gate.word().is_coherent()
+    }
+
+    /// What the gate shows.
+    pub(crate) fn word(&self) -> Word {
+        self.gate.word()
     }
 
     /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.

@@ -469,6 +469,26 @@ pg_test! {
         assert_eq!(rows.iter().map(|row| row.as_ref().expect("exists").0).collect::<Vec<_>>(), [4, 1, 4, 2]);
     }
 
+    // The same, step by step: one row is held from before the transaction, the other one was loaded after it, and its
+    // messages are still on their way.
+    async fn x24_rows_from_before_and_after_a_transaction_make_no_snapshot(test: Test) {
+        let db = users_db(test.version).await;
+        let (proxy, node) = patient(&db).await;
+        let users = users(&node).await;
+        name(&users, 1).await;
+        node.barrier().await.expect("coherent");
+        proxy.set(Direction::Down, Flow::Stall);
+        db.execute("update public.users set name = 'both' where id in (1, 2)").await;
+        assert_eq!(name(&users, 2).await.as_deref(), Some("both"));
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "its message has not come");
+        let snapshot = { let users = users.clone(); tokio::spawn(async move { users.snapshot(&[1, 2]).await }) };
+        eventually("it has looked", async || snapshot.is_finished() || users.stats().gets == 5).await;
+        proxy.set(Direction::Down, Flow::Pass);
+        let rows = snapshot.await.expect("ends").expect("loads");
+        let names: Vec<_> = rows.iter().flatten().map(|user| user.name.as_str()).collect();
+        assert_eq!(names, ["both", "both"]);
+    }
+
     async fn a_snapshot_with_absent_rows_and_duplicates(test: Test) {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
