@@ -310,7 +310,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// J2: after a handoff nothing is missing, and whatever stands before a fence in the queue is applied before it (I4).
     #[test]

@@ -60,8 +60,8 @@ fn through(proxy: &Proxy, db: &TestDb) -> Config {
 async fn covered(config: Config) -> (Node, Users, Events) {
     let node = Node::start(config).await.expect("starts");
     let users = users(&node).await;
-    let events = node.subscribe();
     eventually("the spare covers", async || node.is_covered()).await;
+    let events = node.subscribe();
     (node, users, events)
 }
 
@@ -192,7 +192,7 @@ pg_test! {
         let db = users_db(test.version).await;
         let proxy = Proxy::start(db.port).await;
         let mut config = through(&proxy, &db);
-        config.beat_timeout = Duration::from_secs(2);
+        config.beat_timeout = Duration::from_secs(4);
         let (node, users, mut events) = covered(config).await;
         name(&users, 1).await;
         for how in ["listener", "control", "deaf"] {
