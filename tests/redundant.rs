@@ -21,14 +21,19 @@ use support::{
     proxy::{Close, Direction, Flow, Proxy},
 };
 
-/// Of the sessions that this pattern names the first or the last: the line that is heard is older than its spare.
-fn kill(which: &str, oldest: bool) -> String {
-    let order = if oldest { "asc" } else { "desc" };
-    format!(
-        "select pg_terminate_backend(pid) from (select pid from pg_stat_activity \
-         where datname = current_database() and application_name like '%({which})' \
-         order by backend_start {order} limit 1) as lines"
-    )
+/// Ends a connection of the line that is heard, or of its spare, which is the younger one.
+async fn kill(db: &TestDb, which: &str, of_spare: bool) {
+    let client = db.client().await;
+    let pids = async || {
+        let sessions = "select pid from pg_stat_activity where datname = current_database() \
+            and application_name like '%(' || $1 || ')' order by backend_start";
+        let rows = client.query(sessions, &[&which]).await.expect("reads");
+        rows.iter().map(|row| row.get::<_, i32>(0)).collect::<Vec<_>>()
+    };
+    // Those of a line that was given up may take a moment to go.
+    eventually("there are two lines", async || pids().await.len() == 2).await;
+    let pid = pids().await[usize::from(of_spare)];
+    client.execute("select pg_terminate_backend($1)", &[&pid]).await.expect("killed");
 }
 
 const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
@@ -112,13 +117,12 @@ pg_test! {
                 })
             })
             .collect();
-        let killer = db.client().await;
         for round in 0..20 {
             name(&users, 1).await;
             assert!(users.peek(&1).is_known());
             let which = if round % 2 == 0 { "listener" } else { "control" };
             rename(&db, 1, &format!("before {round}")).await;
-            killer.batch_execute(&kill(which, true)).await.expect("killed");
+            kill(&db, which, false).await;
             let new = format!("after {round}");
             rename(&db, 1, &new).await;
             node.barrier().await.expect("no gap");
@@ -170,7 +174,8 @@ pg_test! {
         for deaf in [1, 2] {
             let proxy = Proxy::start(db.port).await;
             let mut config = through(&proxy, &db);
-            config.beat_timeout = Duration::from_secs(6);
+            // The lease bounds how long it may take: half of the timeout, and not all of it.
+            (config.beat_timeout, config.lease) = (Duration::from_secs(10), Duration::from_secs(9));
             let (node, users, mut events) = covered(config).await;
             name(&users, 1).await;
             name(&users, 2).await;
@@ -198,7 +203,7 @@ pg_test! {
         for how in ["listener", "control", "deaf"] {
             match how {
                 "deaf" => proxy.connections()[2].set(Direction::Down, Flow::Swallow),
-                which => db.execute(&kill(which, false)).await,
+                which => kill(&db, which, true).await,
             }
             without_gap(&mut events, "the spare is lost", |event| matches!(event, Event::SpareLost(_))).await;
             without_gap(&mut events, "covered again", |event| matches!(event, Event::Covered)).await;
@@ -228,7 +233,7 @@ pg_test! {
         assert!(!users.peek(&1).is_known(), "nothing from before is served");
         assert_eq!(name(&users, 1).await.as_deref(), Some("new"));
         event(&mut events, "covered again", |event| matches!(event, Event::Covered)).await;
-        db.execute(&kill("listener", true)).await;
+        kill(&db, "listener", false).await;
         handoff_and_covered(&mut events).await;
         assert!(users.peek(&1).is_known());
         node.barrier().await.expect("coherent");
@@ -252,7 +257,7 @@ pg_test! {
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         assert_eq!(name(&users, 1).await.as_deref(), Some("after the restart"));
         event(&mut events, "covered again", |event| matches!(event, Event::Covered)).await;
-        db.execute(&kill("listener", true)).await;
+        kill(&db, "listener", false).await;
         handoff_and_covered(&mut events).await;
         assert!(users.peek(&1).is_known());
     }
@@ -317,6 +322,8 @@ pg_test! {
         for (redundant_listener, expected) in [(false, 2), (true, 4)] {
             let mut config = redundant(&db.url);
             config.redundant_listener = redundant_listener;
+            // It does not take a beat until the spare covers.
+            (config.beat, config.beat_timeout, config.lease) = (2 * PATIENCE, 3 * PATIENCE, 4 * PATIENCE);
             let node = Node::start(config).await.expect("starts");
             eventually("the lines are open", async || {
                 client.query_one(count, &[]).await.expect("counts").get::<_, i64>(0) == expected
