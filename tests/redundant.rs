@@ -18,7 +18,7 @@ use fixture::{Users, event, name, users, users_db};
 use rowcache::{Config, Event, Events, Node, RowKey, Rows, cli::temp_server::Stop};
 use support::{
     PATIENCE, TestDb, eventually,
-    proxy::{Close, Direction, Flow, Proxy},
+    proxy::{Close, Connection, Direction, Flow, Proxy},
 };
 
 /// Ends a connection of the line that is heard, or of its spare, which is the younger one.
@@ -59,6 +59,13 @@ fn through(proxy: &Proxy, db: &TestDb) -> Config {
     let mut config = redundant(&db.url);
     config.listener = redundant(&proxy.url(&db.url)).listener;
     config
+}
+
+/// The listener and the control connection of the line that is heard, then those of its spare.
+async fn connections(proxy: &Proxy) -> Vec<Arc<Connection>> {
+    // Those of a line that was given up may take a moment to go.
+    eventually("there are two lines", async || proxy.connections().len() == 4).await;
+    proxy.connections()
 }
 
 /// Starts a node and waits until losing a line is no gap.
@@ -149,7 +156,7 @@ pg_test! {
         let (node, users, mut events) = covered(through(&proxy, &db)).await;
         name(&users, 1).await;
         name(&users, 2).await;
-        let [listener, _, spare, _] = &proxy.connections()[..] else { panic!("two lines of two connections") };
+        let [listener, _, spare, _] = &connections(&proxy).await[..] else { panic!("two lines of two connections") };
         listener.set(Direction::Down, Flow::Stall);
         let before = spare.bytes(Direction::Down);
         rename(&db, 1, "new").await;
@@ -179,7 +186,7 @@ pg_test! {
             let (node, users, mut events) = covered(config).await;
             name(&users, 1).await;
             name(&users, 2).await;
-            for connection in &proxy.connections()[..deaf] {
+            for connection in &connections(&proxy).await[..deaf] {
                 connection.set(Direction::Up, Flow::Swallow);
                 connection.set(Direction::Down, Flow::Swallow);
             }
@@ -202,7 +209,7 @@ pg_test! {
         name(&users, 1).await;
         for how in ["listener", "control", "deaf"] {
             match how {
-                "deaf" => proxy.connections()[2].set(Direction::Down, Flow::Swallow),
+                "deaf" => connections(&proxy).await[2].set(Direction::Down, Flow::Swallow),
                 which => kill(&db, which, true).await,
             }
             without_gap(&mut events, "the spare is lost", |event| matches!(event, Event::SpareLost(_))).await;
@@ -274,7 +281,7 @@ pg_test! {
         let (node, users, mut events) = covered(through(&proxy, &db)).await;
         name(&users, 1).await;
         proxy.retarget(other.port());
-        proxy.connections()[2].close(Close::Rst).await;
+        connections(&proxy).await[2].close(Close::Rst).await;
         eventually("the node says why it has no spare", async || {
             !test.logs.containing("it reached another server").is_empty()
         })
@@ -295,7 +302,7 @@ pg_test! {
         for id in 1..=10 {
             name(&users, id).await;
         }
-        let [listener, _, spare, _] = &proxy.connections()[..] else { panic!("two lines of two connections") };
+        let [listener, _, spare, _] = &connections(&proxy).await[..] else { panic!("two lines of two connections") };
         listener.set(Direction::Down, Flow::Stall);
         let before = spare.bytes(Direction::Down);
         let client = db.client().await;
