@@ -36,9 +36,6 @@ async fn kill(db: &TestDb, which: &str, of_spare: bool) {
     client.execute("select pg_terminate_backend($1)", &[&pid]).await.expect("killed");
 }
 
-const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
-    where datname = current_database() and application_name like '%(listener)'";
-
 const LOST: &str = "LISTEN connection was lost; reads go to Postgres";
 const AGAIN: &str = "cannot restore the LISTEN connection";
 const NO_SPARE: &str = "cannot open the spare line";
@@ -225,13 +222,14 @@ pg_test! {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
         test.logs.allow(NO_SPARE);
+        test.logs.allow(UNVERIFIED);
         let db = users_db(test.version).await;
         let mut proxy = Proxy::start(db.port).await;
         let (node, users, mut events) = covered(through(&proxy, &db)).await;
         name(&users, 1).await;
         // No new spare can come in between.
         proxy.refuse().await;
-        db.execute(KILL_LISTENERS).await;
+        proxy.close_all(Close::Rst).await;
         event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
         assert!(!node.is_covered());
         rename(&db, 1, "new").await;
