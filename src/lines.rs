@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::{
     clock,
-    coherence::{Boot, Fence, Reason},
+    coherence::{Boot, Coherence, Fence, Reason},
     error::{Error, Kind, Result},
     inbox::Item,
     postgres::line::{self, Line, Received},
@@ -83,7 +83,7 @@ impl Shared {
         lock(&self.relay).attach(id, Arc::clone(&line));
         self.lose_if_ended(id, &line);
         // It covers when a fence that is sent from here on has been received. An error: there is a gap anyway.
-        let _ = self.look(|coherence| coherence.want_fence());
+        let _ = self.look(Coherence::want_fence);
         self.wake.notify_one();
         Ok(())
     }
@@ -109,6 +109,10 @@ impl Shared {
 
     /// A line is lost, or is given up. Returns whether that is a gap.
     pub(crate) fn lose(&self, id: LineId, how: String) -> bool {
+        if self.status_reason() == Some(Reason::ShutDown) {
+            // Its lines end, in whatever order.
+            return false;
+        }
         let mut relay = lock(&self.relay);
         let (line, event, text) = match relay.lost(id) {
             Loss::Late => return false,

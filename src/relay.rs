@@ -142,17 +142,10 @@ impl<L> Relay<L> {
         if let Some(spare) = self.spare.take_if(|spare| spare.id == id) {
             return Loss::Spare(spare.line);
         }
-        let Some((_, old)) = self.primary.take_if(|(primary, _)| *primary == id) else { return Loss::Late };
-        match self.spare.take_if(|spare| spare.covers) {
-            Some(spare) => {
-                self.primary = Some((spare.id, spare.line));
-                Loss::Handoff { items: spare.kept, old }
-            }
-            None => {
-                self.primary = Some((id, old));
-                Loss::Gap
-            }
-        }
+        let Some(primary) = self.primary.as_mut().filter(|(primary, _)| *primary == id) else { return Loss::Late };
+        let Some(spare) = self.spare.take_if(|spare| spare.covers) else { return Loss::Gap };
+        let (_, old) = std::mem::replace(primary, (spare.id, spare.line));
+        Loss::Handoff { items: spare.kept, old }
     }
 
     /// The line that will be deaf, and when, unless it receives a fence that the other one has received: the primary

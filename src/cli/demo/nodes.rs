@@ -72,9 +72,12 @@ impl DemoNode {
                 }
                 Event::Unreadable { .. } => self.applied().clear(),
                 // What was applied stays applied; what was missed is not checked.
-                Event::Gap(_) | Event::Coherent | Event::Lagged(_) => {}
-                // The demo's nodes have one line each.
-                Event::Covered | Event::Handoff(_) | Event::SpareLost(_) => {}
+                Event::Gap(_)
+                | Event::Coherent
+                | Event::Covered
+                | Event::Handoff(_)
+                | Event::SpareLost(_)
+                | Event::Lagged(_) => {}
             }
         }
     }
