@@ -153,6 +153,7 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
         verify_in_time(shared, &line, shared.config.beat_timeout).await?;
     }
     let mut checked_at = clock::now();
+    let mut checked = true;
     let mut proved = false;
     loop {
         shared.step(|coherence| coherence.tick(clock::now()));
@@ -177,7 +178,8 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
             continue;
         }
         if up && now >= checked_at + shared.config.beat {
-            if check(shared).await {
+            checked = check(shared, checked).await;
+            if checked {
                 checked_at = now;
             }
             continue;
@@ -248,12 +250,21 @@ async fn send(shared: &Shared, fence: Fence) {
     shared.look(|coherence| coherence.fence_not_sent(fence));
 }
 
-/// Verifies the triggers. A line that does not answer is lost; false if it was, or if another one has taken over.
-async fn check(shared: &Shared) -> bool {
+/// Verifies the triggers, and returns whether that was done. A line that does not answer is lost; if the next one does not
+/// either (`before` is false), it is not the line's fault, and no line after it may put off the doubt.
+async fn check(shared: &Shared, before: bool) -> bool {
     let Some((id, line)) = shared.line() else { return false };
-    let Err(error) = verify_in_time(shared, &line, limit(shared, shared.is_covered())).await else { return true };
-    if shared.lose(id, full(&error)) {
-        tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
+    let limit = limit(shared, shared.is_covered() || !before);
+    let Err(error) = verify_in_time(shared, &line, limit).await else { return true };
+    let how = full(&error);
+    let gap = if before {
+        shared.lose(id, how.clone())
+    } else {
+        shared.gap(Reason::ConnectionLost(how.clone()));
+        true
+    };
+    if gap {
+        tracing::warn!(error = how, "cannot verify the triggers of the cached tables");
     }
     false
 }

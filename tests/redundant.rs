@@ -319,6 +319,24 @@ pg_test! {
         }
     }
 
+    // Handing over from line to line must not put off the doubt about triggers for ever.
+    async fn triggers_that_no_line_can_verify_are_a_gap(test: Test) {
+        test.logs.allow(UNVERIFIED);
+        test.logs.allow(AGAIN);
+        let db = users_db(test.version).await;
+        let mut config = redundant(&db.url);
+        config.beat_timeout = Duration::from_secs(6);
+        let (_node, users, mut events) = covered(config).await;
+        name(&users, 1).await;
+        db.execute(
+            "create or replace function rowcache.fingerprints(names text[]) returns table (name text, fingerprint text) \
+             language plpgsql as $$ begin perform pg_sleep(60); end $$",
+        )
+        .await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        assert!(!users.peek(&1).is_known());
+    }
+
     async fn without_the_option_there_is_one_line(test: Test) {
         let db = users_db(test.version).await;
         let count = "select count(*) from pg_stat_activity \
