@@ -19,6 +19,7 @@ use crate::{
     coherence::{Boot, Fence, Incarnation, Reason},
     config::Config,
     error::{Error, Kind, Result},
+    lines::warn_lost,
     postgres::{
         database_error, is_connection_error,
         line::{self, Line},
@@ -243,8 +244,11 @@ async fn send(shared: &Shared, fence: Fence) {
         Ok(Err(error)) => Some(full(&error)),
         Err(_) => Some(format!("a fence could not be sent within {limit:?}")),
     };
-    if let Some(how) = lost {
-        shared.lose(id, how);
+    if let Some(how) = lost
+        && shared.lose(id, how.clone())
+        && !fence.probe
+    {
+        warn_lost(&how);
     }
     // If there is no gap, another one is due at once.
     shared.look(|coherence| coherence.fence_not_sent(fence));
@@ -263,7 +267,9 @@ async fn check(shared: &Shared, before: bool) -> bool {
         shared.gap(Reason::ConnectionLost(how.clone()));
         true
     };
-    if gap {
+    if gap && error.is_unavailable() {
+        warn_lost(&how);
+    } else if gap {
         tracing::warn!(error = how, "cannot verify the triggers of the cached tables");
     }
     false

@@ -19,6 +19,11 @@ use crate::{
     sync::lock,
 };
 
+/// The end of a connection is seen by its task, and by a statement that was under way: whoever comes first says the same.
+pub(crate) fn warn_lost(how: &str) {
+    tracing::warn!(%how, "the LISTEN connection was lost; reads go to Postgres until it is back");
+}
+
 impl Shared {
     /// Connects and listens. What the line receives counts for nothing before it is the first one or the spare.
     pub(crate) async fn open_line(self: &Arc<Self>) -> Result<(LineId, Line)> {
@@ -35,7 +40,7 @@ impl Shared {
         };
         let lost = move |how: String| {
             if loser.lose(id, how.clone()) {
-                tracing::warn!(%how, "the LISTEN connection was lost; reads go to Postgres until it is back");
+                warn_lost(&how);
             }
         };
         let line = line::open(&self.config, &self.own_channel, received, lost).await?;
@@ -107,7 +112,7 @@ impl Shared {
         relay.is_covered()
     }
 
-    /// A line is lost, or is given up. Returns whether that is a gap.
+    /// A line is lost, or is given up. Returns whether that is a gap, and was none before.
     pub(crate) fn lose(&self, id: LineId, how: String) -> bool {
         if self.status_reason() == Some(Reason::ShutDown) {
             // Its lines end, in whatever order.
@@ -118,8 +123,9 @@ impl Shared {
             Loss::Late => return false,
             Loss::Gap => {
                 drop(relay);
+                let is_news = self.look(|coherence| coherence.has_line());
                 self.gap(Reason::ConnectionLost(how));
-                return true;
+                return is_news;
             }
             Loss::Spare(line) => (line, Event::SpareLost(how.clone()), "the spare line was lost; opening another one"),
             Loss::Handoff { items, old } => {
