@@ -39,7 +39,8 @@ pub struct Config {
     /// The connections of [`Node::begin`](crate::Node::begin), opened when they are wanted. They are apart from those that
     /// load, and go where [`pool_connect`](Self::pool_connect) says. Default: at most 5.
     pub write_pool: PgPoolOptions,
-    /// Where the LISTEN connection, and a second one that sends fences, connect to.
+    /// Where the LISTEN connection, and a second one that sends fences, connect to. Two of each with
+    /// [`redundant_listener`](Self::redundant_listener).
     pub listener: tokio_postgres::Config,
     /// TLS of the listener's connections. The pool's is part of [`pool_connect`](Self::pool_connect).
     pub listener_tls: TlsConfig,
@@ -57,6 +58,14 @@ pub struct Config {
     /// Fences, which [`barrier`](crate::Node::barrier) shares among its callers, are at least this far apart.
     /// Default 5 ms, so that a busy node cannot use up more than 200 transaction ids a second.
     pub fence_spacing: Duration,
+
+    /// Keep two lines open, each a LISTEN connection and one that sends fences, so that losing one of them is no gap: the
+    /// other one takes over, and nothing is forgotten. That covers a killed backend, a dropped or half-open connection
+    /// and a restarted pooler; a restart of the server ends both lines. [`Event::Covered`](crate::Event::Covered) and
+    /// [`Node::is_covered`](crate::Node::is_covered) tell when it holds. Default `false`: it takes two more connections
+    /// of the server, decodes every message twice, and keeps up to [`inbox_bytes_max`](Self::inbox_bytes_max) more in
+    /// memory, where a gap costs one reading of each row.
+    pub redundant_listener: bool,
 
     /// SQL statements that load rows at the same time, all tables together. At least 1. Default 4: each takes
     /// whatever has queued up meanwhile, so more statements mean smaller ones, not more rows.
@@ -108,6 +117,7 @@ impl Config {
             beat_timeout: Duration::from_secs(3),
             lease: Duration::from_secs(5),
             fence_spacing: Duration::from_millis(5),
+            redundant_listener: false,
             loads_max: LOADS_MAX as usize,
             load_keys_max: 512,
             load_timeout: Duration::from_secs(5),
@@ -158,12 +168,23 @@ impl Config {
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Without `pool_connect`, which would print its password.
-        let Self { listener, beat, beat_timeout, lease, loads_max, load_keys_max, load_timeout, .. } = self;
+        let Self {
+            listener,
+            beat,
+            beat_timeout,
+            lease,
+            redundant_listener,
+            loads_max,
+            load_keys_max,
+            load_timeout,
+            ..
+        } = self;
         f.debug_struct("Config")
             .field("listener", listener)
             .field("beat", beat)
             .field("beat_timeout", beat_timeout)
             .field("lease", lease)
+            .field("redundant_listener", redundant_listener)
             .field("loads_max", loads_max)
             .field("load_keys_max", load_keys_max)
             .field("load_timeout", load_timeout)

@@ -22,6 +22,16 @@ pub(crate) enum Item {
     Overflow,
 }
 
+impl Item {
+    /// Bytes.
+    fn weight(&self) -> usize {
+        match self {
+            Self::Message(payload) | Self::Own(payload) => payload.len() + size_of::<Self>(),
+            Self::Overflow => 0,
+        }
+    }
+}
+
 pub(crate) struct Inbox {
     /// Protects what is in the box.
     content: Mutex<Content>,
@@ -43,16 +53,18 @@ impl Inbox {
     /// Adds what was received. Returns whether the box overflowed.
     pub(crate) fn push(&self, item: Item) -> bool {
         let mut content = lock(&self.content);
-        content.bytes += match &item {
-            Item::Message(payload) => payload.len() + size_of::<Item>(),
-            Item::Own(_) | Item::Overflow => 0,
-        };
+        content.bytes += item.weight();
         content.items.push_back(item);
         let overflowed = content.bytes > self.bytes_max;
         if overflowed {
             content.items.retain(|item| matches!(item, Item::Own(_)));
+            content.bytes = content.items.iter().map(Item::weight).sum();
+            if content.bytes > self.bytes_max / 2 {
+                // Not fences of ours, or few of them: somebody has learnt the channel's name. A fence that is lost is late.
+                content.items.clear();
+                content.bytes = 0;
+            }
             content.items.push_front(Item::Overflow);
-            content.bytes = 0;
         }
         drop(content);
         self.arrived.notify_one();
@@ -94,5 +106,15 @@ mod tests {
         assert!(inbox.push(message()));
         assert!(!inbox.push(message()));
         assert_eq!(inbox.take().await, [Item::Overflow, Item::Own("fence".into()), message()]);
+    }
+
+    #[tokio::test]
+    async fn a_flood_on_the_own_channel_is_bounded_too() {
+        let inbox = Inbox::new(500);
+        for _ in 0..1000 {
+            inbox.push(Item::Own("x".repeat(100)));
+        }
+        let items = inbox.take().await;
+        assert!(items.len() <= 6 && items.contains(&Item::Overflow), "{items:?}");
     }
 }

@@ -2,6 +2,10 @@
 //!
 //! The order matters (X7): LISTEN returns, *then* a new epoch begins, *then* a fence comes back, *then* entries
 //! are served. Whatever was loaded before LISTEN returned is never served after it.
+//!
+//! With a spare line the one that is heard may change between any two steps; each asks for it anew.
+
+mod spare;
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,12 +17,14 @@ use uuid::Uuid;
 use crate::{
     clock,
     coherence::{Boot, Fence, Incarnation, Reason},
+    config::Config,
     error::{Error, Kind, Result},
-    inbox::Item,
+    lines::warn_lost,
     postgres::{
         database_error, is_connection_error,
-        line::{self, FENCE, Line, Received},
+        line::{self, FENCE, Line},
     },
+    relay::LineId,
     shared::Shared,
     tables::Verified,
 };
@@ -33,16 +39,15 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>
 }
 
 async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
-    // Three connections, and a few statements on each.
-    let limit = 3 * shared.config.beat_timeout.max(Duration::from_secs(1));
+    let limit = open_limit(&shared.config);
     let mut ready = Some(ready);
     let mut pauses = pauses();
     loop {
         let began = clock::now();
         let end = match timeout(limit, open(shared)).await {
-            Ok(Ok(line)) => hold(shared, &line, &mut ready).await,
+            Ok(Ok((id, line))) => hold(shared, id, line, &mut ready).await,
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::new(Kind::Unavailable, format!("Postgres did not answer within {limit:?}"))),
+            Err(_) => Err(no_answer(limit)),
         };
         if let Some(ready) = ready.take() {
             // Only a first attempt that failed gets here. Nobody hears it if `start` was cancelled.
@@ -75,26 +80,20 @@ fn pauses() -> impl Iterator<Item = Duration> {
         .build()
 }
 
+/// How long opening a line may take: three connections, and a few statements on each.
+fn open_limit(config: &Config) -> Duration {
+    3 * config.beat_timeout.max(Duration::from_secs(1))
+}
+
+fn no_answer(limit: Duration) -> Error {
+    Error::new(Kind::Unavailable, format!("Postgres did not answer within {limit:?}"))
+}
+
 /// Opens a line and makes sure that the pool reaches the same server.
-async fn open(shared: &Arc<Shared>) -> Result<Line> {
-    let (receiver, loser) = (Arc::clone(shared), Arc::clone(shared));
-    let received = move |message| {
-        let item = match message {
-            Received::Change(payload) => Item::Message(payload),
-            Received::Own(payload) => Item::Own(payload),
-        };
-        receiver.inbox.push(item);
-    };
-    let lost = move |how: String| {
-        if loser.is_stopping() {
-            return;
-        }
-        tracing::warn!(%how, "the LISTEN connection was lost; reads go to Postgres until it is back");
-        loser.gap(Reason::ConnectionLost(how));
-    };
-    let line = line::open(&shared.config, &shared.own_channel, received, lost).await?;
+async fn open(shared: &Arc<Shared>) -> Result<(LineId, Line)> {
+    let (id, line) = shared.open_line().await?;
     reach_same_server(shared, line.incarnation).await?;
-    Ok(line)
+    Ok((id, line))
 }
 
 /// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
@@ -124,13 +123,34 @@ async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()
     outcome
 }
 
-/// Sends fences and verifies triggers until the line is given up. An error if it never proved itself.
-async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<Result<()>>>) -> Result<()> {
-    shared.look(|coherence| coherence.listening(line.incarnation));
-    if !line.is_open() {
-        // It ended before the state machine knew of it, which then took no notice.
-        shared.gap(Reason::ConnectionLost("closed".into()));
+/// Keeps the node coherent, with this line and those that take over from it, until there is a gap. An error if the line
+/// never proved itself.
+async fn hold(
+    shared: &Arc<Shared>,
+    id: LineId,
+    line: Line,
+    ready: &mut Option<oneshot::Sender<Result<()>>>,
+) -> Result<()> {
+    let _held = Held(shared);
+    shared.lead(id, line);
+    tokio::select! {
+        end = beat(shared, ready) => end,
+        never = spare::keep(shared) => match never {},
     }
+}
+
+/// Gives up all lines when it goes.
+struct Held<'a>(&'a Shared);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.give_up_lines();
+    }
+}
+
+/// Sends fences and verifies triggers until there is a gap.
+async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) -> Result<()> {
+    let mut checked = true;
     let mut proved = false;
     loop {
         shared.step(|coherence| coherence.tick(clock::now()));
@@ -139,6 +159,7 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
         if up && !proved {
             proved = true;
             tracing::info!("coherent");
+            shared.spare_wanted.notify_one();
             if let Some(ready) = ready.take() {
                 let _ = ready.send(Ok(()));
             }
@@ -146,13 +167,17 @@ async fn hold(shared: &Shared, line: &Line, ready: &mut Option<oneshot::Sender<R
         if !has_line {
             return if proved { Ok(()) } else { Err(not_proved(shared)) };
         }
+        if shared.lose_the_deaf(now) {
+            continue;
+        }
         if let Some(fence) = shared.look(|it| it.next_fence(now, Uuid::new_v4())) {
             // Together, so that a fence costs one round trip and not two. What happened to the triggers is found out before
             // anything is trusted: the fence counts only when both are done.
-            tokio::join!(check(shared, line, fence), send(shared, line, fence));
+            (checked, ()) = tokio::join!(check(shared, fence, checked), send(shared, fence));
             continue;
         }
         let due = shared.look(|it| it.fence_due().into_iter().chain(it.fence_deadline()).chain(it.lease_end()).min());
+        let due = due.into_iter().chain(shared.deaf_at()).min();
         let pause = due.map_or(shared.config.beat, |due: Boot| due.saturating_sub(now));
         tokio::select! {
             () = shared.wake.notified() => {}
@@ -178,9 +203,17 @@ fn not_proved(shared: &Shared) -> Error {
     }
 }
 
+/// How long the control connection has for a statement. With a spare that covers, so long that the spare can take over and
+/// send a fence before this one is late; longer than a fence waits for its lock, which says nothing about the line.
+fn limit(shared: &Shared, covered: bool) -> Duration {
+    if covered { shared.config.beat_timeout / 2 } else { shared.config.beat_timeout }
+}
+
 /// Sends a fence: the first one through the pool, the others through the control connection.
-async fn send(shared: &Shared, line: &Line, fence: Fence) {
-    let limit = shared.config.beat_timeout;
+async fn send(shared: &Shared, fence: Fence) {
+    let Some((id, line)) = shared.line() else { return };
+    let covered = shared.fence_starts(fence);
+    let limit = limit(shared, covered);
     let sending = async {
         if fence.probe {
             let notify = sqlx::query(FENCE).bind(&shared.own_channel).bind(fence.nonce.to_string());
@@ -190,31 +223,59 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
             line.send(&shared.own_channel, fence).await
         }
     };
-    match timeout(limit, sending).await {
-        // Sent, or late, which the state machine sees by itself.
-        Ok(Ok(true)) | Err(_) => {}
+    let lost = match timeout(limit, sending).await {
+        Ok(Ok(true)) => return,
+        // Late, which the state machine sees by itself.
+        Err(_) if !covered => return,
         Ok(Ok(false)) => {
             tracing::warn!("a fence waited too long for the lock that orders commits; is a commit stuck?");
-            shared.look(|coherence| coherence.fence_not_sent(fence));
+            None
         }
-        Ok(Err(error)) => shared.gap(Reason::ConnectionLost(full(&error))),
+        Ok(Err(error)) => Some(full(&error)),
+        Err(_) => Some(format!("a fence could not be sent within {limit:?}")),
+    };
+    if let Some(how) = lost
+        && shared.lose(id, how.clone())
+        && !fence.probe
+    {
+        warn_lost(&how);
     }
+    // If there is no gap, another one is due at once.
+    shared.look(|coherence| coherence.fence_not_sent(fence));
 }
 
-/// Looks at the triggers on behalf of a fence that was sent, or is being sent.
-async fn check(shared: &Shared, line: &Line, fence: Fence) {
-    match timeout(shared.config.beat_timeout, verify(shared, line)).await {
-        Ok(Ok(())) => shared.step(|coherence| coherence.fence_checked(fence)),
-        // The fence is late then, which the state machine sees by itself.
-        Err(_) => {}
-        Ok(Err(error)) => {
-            // A connection that ended says so itself.
-            if !error.is_unavailable() {
-                tracing::warn!(error = full(&error), "cannot verify the triggers of the cached tables");
-            }
-            shared.gap(Reason::ConnectionLost(full(&error)));
+/// Looks at the triggers on behalf of a fence that was sent, or is being sent, and returns whether that was done. A line that
+/// does not answer is lost; if the next one does not either (`before` is false), it is not the line's fault, and no line
+/// after it may put off the doubt.
+async fn check(shared: &Shared, fence: Fence, before: bool) -> bool {
+    let Some((id, line)) = shared.line() else { return false };
+    let covered = shared.is_covered();
+    let limit = limit(shared, covered || !before);
+    let error = match timeout(limit, verify(shared, &line)).await {
+        Ok(Ok(())) => {
+            shared.step(|coherence| coherence.fence_checked(fence));
+            return true;
         }
+        // The fence is late then, which the state machine sees by itself.
+        Err(_) if !covered && before => return false,
+        Err(_) => Error::new(Kind::Timeout, format!("the triggers could not be verified within {limit:?}")),
+        Ok(Err(error)) => error,
+    };
+    let how = full(&error);
+    let gap = if before {
+        shared.lose(id, how.clone())
+    } else {
+        shared.gap(Reason::ConnectionLost(how.clone()));
+        true
+    };
+    if gap && error.is_unavailable() && !fence.probe {
+        warn_lost(&how);
+    } else if gap && !fence.probe {
+        tracing::warn!(error = how, "cannot verify the triggers of the cached tables");
     }
+    // If there is no gap, another one is due at once.
+    shared.look(|coherence| coherence.fence_not_sent(fence));
+    false
 }
 
 /// Holds the triggers of every open table against what they were. A table whose triggers changed is in doubt

@@ -62,12 +62,14 @@
 //! | `table` | the story of `get` |
 //! | `node` | start, open tables, wait, stop |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
+//! | `lines` | a node's one or two lines: opens them, and says what their loss means |
 //! | `load` | runs loads, in greedy batches |
 //! | `shared` | what a node's tasks share: the applier, the clock, fences |
 //! | `postgres/` | the only place with SQL and sockets |
 //! | `config`, `settings`, `tls` | how to reach Postgres, and how to behave |
 //! | `coherence` | core: may entries be trusted? A state machine |
 //! | `tables`, `inbox` | core: who must forget what; what is still to be applied |
+//! | `relay` | core: of two lines, which one is heard, and when one can take over from the other |
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
 //! | `change`, `key` | core: messages and keys |
 //! | `status`, `stats`, `error` | what users are told |
@@ -94,10 +96,12 @@ mod horizon;
 mod inbox;
 mod keeper;
 mod key;
+mod lines;
 mod load;
 mod node;
 mod postgres;
 mod refill;
+mod relay;
 mod settings;
 mod shared;
 mod snapshot;

@@ -193,6 +193,13 @@ impl Node {
         self.0.shared.counters.snapshot()
     }
 
+    /// Whether the node is coherent and would remain so if its line were lost now: always `false` without
+    /// [`Config::redundant_listener`].
+    #[must_use]
+    pub fn is_covered(&self) -> bool {
+        self.0.shared.is_covered()
+    }
+
     /// Follows what is applied on this node, from now on. A subscriber who is more than
     /// [`Config::events_max`] behind is told how much was lost.
     #[must_use]

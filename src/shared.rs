@@ -30,7 +30,8 @@ use crate::{
     error::{Error, Kind, Result},
     horizon::Horizon,
     inbox::{Inbox, Item},
-    postgres::database_error,
+    postgres::{database_error, line::Line},
+    relay::Relay,
     stats::NodeCounters,
     status::{Event, Events, Status},
     sync::{Mutex, lock},
@@ -50,12 +51,17 @@ pub(crate) struct Shared {
     pub(crate) inbox: Inbox,
     pub(crate) horizon: Horizon,
     pub(crate) counters: NodeCounters,
+    /// Protects which line is heard. What it passes on is in the inbox before the lock is released, and events of lines
+    /// are sent while it is held. Lock order: this, then the inbox.
+    pub(crate) relay: Mutex<Relay<Arc<Line>>>,
     /// The channel on which this node sends to itself.
     pub(crate) own_channel: String,
     /// Turns of the loads: at most [`Config::loads_max`] at a time.
     pub(crate) loads: Semaphore,
     /// Wakes the keeper: a fence is wanted, or the line was given up.
     pub(crate) wake: Notify,
+    /// Wakes who opens a second line: there may be none.
+    pub(crate) spare_wanted: Notify,
     /// Protects the state machine. Gates are moved while it is held, so that they show what it says.
     /// Lock order: this, then the lock of `Tables`.
     coherence: Mutex<Coherence>,
@@ -159,9 +165,11 @@ impl Shared {
             inbox: Inbox::new(config.inbox_bytes_max),
             horizon: Horizon::default(),
             counters: NodeCounters::default(),
+            relay: Mutex::new(Relay::new(config.inbox_bytes_max)),
             own_channel: format!("rowcache:{}", Uuid::new_v4().simple()),
             loads: Semaphore::new(config.loads_max),
             wake: Notify::new(),
+            spare_wanted: Notify::new(),
             coherence: Mutex::new(Coherence::new(config.timing(), clock::now())),
             unreadable: Throttle::default(),
             overflows: Throttle::default(),
@@ -425,7 +433,7 @@ impl Shared {
         Ok(())
     }
 
-    fn tell(&self, event: Event) {
+    pub(crate) fn tell(&self, event: Event) {
         // An error means that nobody listens, which is nobody's loss.
         let _ = self.events.send(event);
     }

@@ -66,6 +66,15 @@ pub enum Event {
     Gap(Reason),
     /// Entries are served again.
     Coherent,
+    /// From now on the loss of one line is no gap, until one of the next three says otherwise: [`Handoff`](Self::Handoff),
+    /// [`SpareLost`](Self::SpareLost), [`Gap`](Self::Gap). Only with
+    /// [`Config::redundant_listener`](crate::Config::redundant_listener).
+    Covered,
+    /// The line was lost, and the spare one has taken over: nothing was missed, and nothing was forgotten. Changes
+    /// since the last fence may be told a second time. How it was lost.
+    Handoff(String),
+    /// The spare line was lost, and is opened again; until it covers, losing the other one is a gap. How it was lost.
+    SpareLost(String),
     /// The subscriber was too slow, and missed this many events.
     Lagged(u64),
 }

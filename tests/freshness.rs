@@ -371,6 +371,7 @@ pg_test! {
         let mut events = node.subscribe();
         proxy.accept().await;
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name_with(&users, 2, Freshness::Any).await, "new", "with the gap, its past ends");
         assert_eq!(name(&users, 1).await.as_deref(), Some("new"));
     }
 

@@ -151,6 +151,11 @@ impl Printer {
             Event::Change(change) => self.change(change, latency),
             Event::Gap(why) => format!("{BAD}gap{BAD:#} {why}; changes until it is back are not shown"),
             Event::Coherent => format!("{GOOD}back{GOOD:#} listening, and coherent"),
+            Event::Covered => format!("{GOOD}covered{GOOD:#} a second line is open"),
+            Event::Handoff(how) => {
+                format!("{GOOD}handoff{GOOD:#} the second line took over, nothing was missed: {how}")
+            }
+            Event::SpareLost(how) => format!("{BAD}uncovered{BAD:#} the second line was lost: {how}"),
             Event::Lagged(missed) => {
                 format!("{BAD}lagged{BAD:#} this output was too slow: {missed} events are missing")
             }
@@ -193,6 +198,9 @@ fn as_json(at: SystemTime, event: &Event, latency: Option<Duration>) -> serde_js
         }
         Event::Gap(why) => json!({ "event": "lost", "at": at, "why": why.to_string() }),
         Event::Coherent => json!({ "event": "back", "at": at }),
+        Event::Covered => json!({ "event": "covered", "at": at }),
+        Event::Handoff(how) => json!({ "event": "handoff", "at": at, "how": how }),
+        Event::SpareLost(how) => json!({ "event": "uncovered", "at": at, "how": how }),
         Event::Lagged(missed) => json!({ "event": "lagged", "at": at, "missed": missed }),
         Event::Unreadable { table, error } => {
             json!({ "event": "unreadable", "at": at, "table": table, "error": error })

@@ -72,7 +72,12 @@ impl DemoNode {
                 }
                 Event::Unreadable { .. } => self.applied().clear(),
                 // What was applied stays applied; what was missed is not checked.
-                Event::Gap(_) | Event::Coherent | Event::Lagged(_) => {}
+                Event::Gap(_)
+                | Event::Coherent
+                | Event::Covered
+                | Event::Handoff(_)
+                | Event::SpareLost(_)
+                | Event::Lagged(_) => {}
             }
         }
     }
