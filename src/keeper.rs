@@ -17,6 +17,7 @@ use crate::{
     inbox::Item,
     postgres::{
         database_error, is_connection_error,
+        lent::Lent,
         line::{self, Line, Received},
     },
     shared::Shared,
@@ -102,8 +103,8 @@ async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()
         "the pool and the listener reach different servers or databases: both must reach the same primary",
     ));
     for _ in 0..=shared.pool.size() {
-        let mut connection = shared.pool.acquire().await.map_err(failed)?;
-        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut *connection).await;
+        let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
+        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut **connection).await;
         match stamp {
             Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
             Err(error) => return Err(failed(error)),
@@ -111,11 +112,11 @@ async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()
                 let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
                 let started = row.try_get(1).map_err(failed)?;
                 if canary.map(|canary| Incarnation { canary, started }) == Some(listening) {
+                    connection.give_back();
                     return Ok(());
                 }
             }
         }
-        drop(connection.detach());
     }
     outcome
 }
@@ -190,8 +191,11 @@ async fn send(shared: &Shared, line: &Line, fence: Fence) {
         if fence.probe {
             let notify = sqlx::query("select pg_notify($1, $2)");
             let notify = notify.bind(&shared.own_channel).bind(change::fence_payload(fence.nonce));
-            let sent = notify.execute(&shared.pool).await;
-            sent.map(|_| true).map_err(|error| database_error("sending a fence through the pool", error))
+            let failed = |error| database_error("sending a fence through the pool", error);
+            let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
+            notify.execute(&mut **connection).await.map_err(failed)?;
+            connection.give_back();
+            Ok(true)
         } else {
             line.send(&shared.own_channel, fence).await
         }

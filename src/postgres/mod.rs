@@ -2,6 +2,7 @@
 
 pub(crate) mod catalog;
 pub mod install;
+pub(crate) mod lent;
 pub(crate) mod line;
 pub mod migrate;
 pub(crate) mod rows;
