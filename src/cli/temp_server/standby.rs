@@ -51,7 +51,10 @@ impl TempServer {
         let driver = tokio::spawn(connection);
         let promoted = client.query_one("select pg_promote()", &[]).await;
         driver.abort();
-        ensure!(promoted.context("cannot promote the server")?.get::<_, bool>(0), "the server was not promoted in time");
+        ensure!(
+            promoted.context("cannot promote the server")?.get::<_, bool>(0),
+            "the server was not promoted in time"
+        );
         Ok(())
     }
 }
