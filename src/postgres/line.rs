@@ -39,10 +39,11 @@ use crate::{
 /// The oldest and the newest version of the schema that this library works with.
 const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
 
-/// Settings of both sessions. Nothing may time out an idle listener; a dead peer must not hold the server's
-/// notification queue for hours; a fence must not wait for ever.
+/// Settings of both sessions. Nothing may time out an idle listener, nor the control session between two beats; a dead
+/// peer must not hold the server's notification queue for hours; a fence must not wait for ever. Older servers lack some.
 const SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; \
-     set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3";
+     set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
+     select set_config(name, '0', false) from pg_settings where name in ('idle_session_timeout', 'transaction_timeout')";
 
 /// Something that the line received.
 pub(crate) enum Received {
@@ -190,7 +191,7 @@ where
 /// Checks that this session can be a listener, and learns which server it is on. All before LISTEN.
 async fn prepare(listener: &Client) -> Result<Incarnation> {
     let row = listener
-        .query_one("select pg_is_in_recovery(), current_setting('server_version_num')::int", &[])
+        .query_one("select pg_is_in_recovery()", &[])
         .await
         .map_err(|error| setup_error("setting up the LISTEN session failed", error))?;
     if row.get(0) {
@@ -199,12 +200,8 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
             "the listener reached a standby, where Postgres does not allow LISTEN; connect it to the primary",
         ));
     }
-    let mut settings = SETTINGS.to_owned();
-    if row.get::<_, i32>(1) >= 140_000 {
-        settings.push_str("; set idle_session_timeout = 0");
-    }
     let setup = |error| setup_error("setting up the LISTEN session failed", error);
-    listener.batch_execute(&settings).await.map_err(setup)?;
+    listener.batch_execute(SETTINGS).await.map_err(setup)?;
     let version: i32 = listener.query_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0);
     if version < *SCHEMA_VERSIONS.start() {
         return Err(schema_too_old());
