@@ -175,7 +175,8 @@ fn not_proved(shared: &Shared) -> Error {
             format!(
                 "a notification that was sent through the pool did not reach the LISTEN connection within {:?}; if \
                  the listener's address is a pooler in transaction mode (PgBouncer, a `-pooler` host), give the \
-                 listener a direct connection",
+                 listener a direct connection; if the two are in different databases of one server, connect both to \
+                 the same one",
                 shared.config.beat_timeout,
             ),
         ),
