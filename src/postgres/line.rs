@@ -216,7 +216,9 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
             ),
         ));
     }
-    listener.batch_execute("select rowcache.incarnation()").await.map_err(setup)?;
+    // A notification queue that was full stays so until somebody looks at it (`tests/faults/queue.rs`): whoever fails to send
+    // makes no room. Our fences fail then, too, which ends the line and leads here.
+    listener.batch_execute("select pg_notification_queue_usage(), rowcache.incarnation()").await.map_err(setup)?;
     let row = listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
     let canary: Option<Uuid> = row.get(0);
     let canary = canary.ok_or_else(|| {
