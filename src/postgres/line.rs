@@ -32,7 +32,7 @@ use crate::{
     error::{Error, Kind, Result},
     postgres::{
         catalog::{DESCRIBE, Description},
-        is_missing, is_shutdown, schema_too_old,
+        hosts, is_missing, is_shutdown, schema_too_old,
     },
 };
 
@@ -151,16 +151,22 @@ async fn connect(
     let mut settings = config.listener.clone();
     let name = settings.get_application_name().map_or_else(|| "rowcache".to_owned(), ToOwned::to_owned);
     settings.application_name(format!("{name} ({role})"));
-    let connecting = settings.connect(config.listener_tls.connector());
-    let (client, connection) = match timeout(config.beat_timeout.max(Duration::from_secs(1)), connecting).await {
-        Ok(connected) => connected.map_err(|error| connect_error(config, error))?,
-        Err(_) => {
-            return Err(Error::new(
-                Kind::Unavailable,
-                format!("connecting to {} took too long", address(&config.listener)),
-            ));
+    let hosts = hosts::each(&settings);
+    let limit = config.beat_timeout.max(Duration::from_secs(1)) / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
+    let mut outcome = Err(Error::new(Kind::Config, "the listener's address has no host"));
+    for host in &hosts {
+        outcome = match timeout(limit, host.connect(config.listener_tls.connector())).await {
+            Ok(connected) => connected.map_err(|error| connect_error(config, error)),
+            Err(_) => {
+                let what = format!("connecting to {} took too long", address(host));
+                Err(Error::new(Kind::Unavailable, what))
+            }
+        };
+        if outcome.is_ok() {
+            break;
         }
-    };
+    }
+    let (client, connection) = outcome?;
     let task = tokio::spawn(async move {
         let how = pump(connection, received).await;
         lost(how);

@@ -1,6 +1,7 @@
 //! The only place with SQL and sockets.
 
 pub(crate) mod catalog;
+mod hosts;
 pub mod install;
 pub(crate) mod lent;
 pub(crate) mod line;
