@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Kind, Result},
     inbox::Item,
     postgres::{
-        database_error, is_connection_error,
+        database_error, has_code, is_connection_error,
         lent::Lent,
         line::{self, Line, Received},
     },
@@ -94,6 +94,9 @@ async fn open(shared: &Arc<Shared>) -> Result<Line> {
     Ok(line)
 }
 
+/// What Postgres says on a standby when it is asked for the canary, which is unlogged.
+const UNLOGGED_ON_STANDBY: &str = "0A000";
+
 /// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
 /// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
 async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()> {
@@ -107,6 +110,10 @@ async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()
         let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut **connection).await;
         match stamp {
             Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
+            Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
+                let what = "the pool reached a standby, whose rows lag behind; connect it to the primary";
+                outcome = Err(Error::with(Kind::Standby, what, error));
+            }
             Err(error) => return Err(failed(error)),
             Ok(row) => {
                 let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
