@@ -155,13 +155,9 @@ async fn connect(
     let limit = config.beat_timeout.max(Duration::from_secs(1)) / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
     let mut outcome = Err(Error::new(Kind::Config, "the listener's address has no host"));
     for host in &hosts {
-        outcome = match timeout(limit, host.connect(config.listener_tls.connector())).await {
-            Ok(connected) => connected.map_err(|error| connect_error(config, error)),
-            Err(_) => {
-                let what = format!("connecting to {} took too long", address(host));
-                Err(Error::new(Kind::Unavailable, what))
-            }
-        };
+        let connecting = timeout(limit, host.connect(config.listener_tls.connector())).await;
+        let late = |_| Err(Error::new(Kind::Unavailable, format!("connecting to {} took too long", address(host))));
+        outcome = connecting.map_or_else(late, |connected| connected.map_err(|error| connect_error(config, error)));
         if outcome.is_ok() {
             break;
         }
