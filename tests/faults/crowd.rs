@@ -111,7 +111,6 @@ pg_test! {
         let gets = gets();
         assert!(end.iter().zip(&start).all(|(end, start)| end.hits == start.hits), "nothing came from memory");
         assert!(queries * 10 < gets, "{queries} statements for {gets} reads");
-        println!("{queries} statements for {gets} reads; at most {most} at a time");
         subject.is_bypassed(before).await;
 
         proxy.accept().await;

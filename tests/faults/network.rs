@@ -31,7 +31,8 @@ async fn pool_through_proxy(db: &TestDb) -> (Proxy, Config) {
     (proxy, config)
 }
 
-fn part<'a>(proxy: &'a Proxy, name: &str) -> Vec<std::sync::Arc<Connection>> {
+/// The open connections whose application name contains this.
+fn part(proxy: &Proxy, name: &str) -> Vec<std::sync::Arc<Connection>> {
     let found: Vec<_> = proxy.connections().into_iter().filter(|it| it.greeted_with(name)).collect();
     assert!(!found.is_empty(), "there is no {name} connection");
     found
@@ -80,7 +81,9 @@ pg_test! {
                 proxy.refuse().await;
                 let before = Instant::now();
                 for connection in part(&proxy, which) {
-                    directions.iter().for_each(|direction| connection.set(*direction, Flow::Swallow));
+                    for direction in directions {
+ connection.set(*direction, Flow::Swallow);
+ }
                 }
                 subject.write(2).await;
                 // Silence is no error: a fence does not come back, or the look at the triggers gets no answer.
@@ -96,22 +99,22 @@ pg_test! {
         }
     }
 
+    // Not a fault then: as long as fences come back, messages do.
     async fn a_listener_has_nothing_to_send(test: Test) {
-        allow_gaps(&test.logs);
         let db = users_db(test.version).await;
-        let (proxy, config) = line_through_proxy(&db).await;
+        let (proxy, mut config) = line_through_proxy(&db).await;
+        let patient = Config::from_url(&db.url).expect("a good URL");
+        (config.beat_timeout, config.lease) = (patient.beat_timeout, patient.lease);
         let subject = Subject::new(&db, config).await;
         let listeners = part(&proxy, "(listener");
-        listeners.iter().for_each(|connection| connection.set(Direction::Up, Flow::Swallow));
-        let open = async || {
-            subject.hears_changes().await;
-            listeners.iter().all(|connection| connection.is_open())
-        };
-        // No gap, and changes arrive: as long as a fence comes back, messages do.
-        assert!(open().await || test.logs.containing("coherent").len() > 1, "a slow machine may have lost its line");
+        for connection in &listeners {
+            connection.set(Direction::Up, Flow::Swallow);
+        }
+        subject.is_well().await;
+        assert!(listeners.iter().all(|connection| connection.is_open()), "and there was no gap");
     }
 
-    // CVE-free, but deaf: a pooler or a wrong hand takes the registration away, and the connection is as good as ever.
+    // A pooler, or a wrong hand, takes the registration away; the connection is as good as ever, and deaf.
     async fn a_registration_that_is_gone_is_noticed(test: Test) {
         allow_gaps(&test.logs);
         let db = users_db(test.version).await;
@@ -155,7 +158,9 @@ pg_test! {
         for directions in [&[Direction::Up][..], &[Direction::Down], &[Direction::Up, Direction::Down]] {
             subject.fill_pool().await;
             subject.warm().await;
-            directions.iter().for_each(|direction| proxy.set(*direction, Flow::Swallow));
+            for direction in directions {
+ proxy.set(*direction, Flow::Swallow);
+ }
             // The line is whole: what is held is current, and is served; what is not held cannot be had.
             let error = subject.users.get(&7).await.expect_err("nobody answers");
             let text = error.to_string();

@@ -11,12 +11,12 @@ use std::{
     time::Instant,
 };
 
-use rowcache::{Config, Event, Node, Reason, Status, Table, cli::temp_server::TempServer};
+use rowcache::{Event, Node, Reason, Status, Table, cli::temp_server::TempServer};
 use tokio_postgres::{NoTls, error::SqlState};
 
 use crate::{
     Subject, allow_gaps,
-    fixture::{self, event, hasty, users_db},
+    fixture::{self, event, hasty},
     support::{self, Test, TestClient, TestDb, Version, eventually},
 };
 
@@ -83,7 +83,10 @@ struct Slow {
     name: String,
 }
 
-static BRAKES: Mutex<Option<HashMap<String, (Sender<()>, Receiver<()>)>>> = Mutex::new(None);
+/// Where a value says that it is being dropped, and what it then waits for.
+type Brake = (Sender<()>, Receiver<()>);
+
+static BRAKES: Mutex<Option<HashMap<String, Brake>>> = Mutex::new(None);
 
 impl Slow {
     /// The first value of this name waits when it is dropped. What is returned says so, and lets it go on when dropped.

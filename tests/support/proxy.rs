@@ -388,7 +388,7 @@ fn sort_out(bytes: &mut Vec<u8>, hidden: &watch::Sender<usize>) -> Vec<u8> {
         let message: Vec<_> = bytes.drain(..end).collect();
         match message[0] {
             b'A' => shown.extend(message),
-            b'Z' => drop(hidden.send_modify(|hidden| *hidden -= 1)),
+            b'Z' => hidden.send_modify(|hidden| *hidden -= 1),
             _ => {}
         }
     }
