@@ -111,7 +111,7 @@ impl Error {
         self.0.kind == Kind::SchemaTooOld
     }
 
-    /// The LISTEN connection reached a standby, where Postgres does not allow LISTEN.
+    /// The LISTEN connection reached a standby, where Postgres does not allow LISTEN, or the pool did, where rows lag behind.
     #[must_use]
     pub fn is_standby(&self) -> bool {
         self.0.kind == Kind::Standby

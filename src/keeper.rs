@@ -21,7 +21,8 @@ use crate::{
     error::{Error, Kind, Result},
     lines::warn_lost,
     postgres::{
-        database_error, is_connection_error,
+        database_error, has_code, is_connection_error,
+        lent::Lent,
         line::{self, FENCE, Line},
     },
     relay::LineId,
@@ -96,6 +97,9 @@ async fn open(shared: &Arc<Shared>) -> Result<(LineId, Line)> {
     Ok((id, line))
 }
 
+/// What Postgres says on a standby when it is asked for the canary, which is unlogged.
+const UNLOGGED_ON_STANDBY: &str = "0A000";
+
 /// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
 /// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
 async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()> {
@@ -105,20 +109,24 @@ async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()
         "the pool and the listener reach different servers or databases: both must reach the same primary",
     ));
     for _ in 0..=shared.pool.size() {
-        let mut connection = shared.pool.acquire().await.map_err(failed)?;
-        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut *connection).await;
+        let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
+        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut **connection).await;
         match stamp {
             Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
+            Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
+                let what = "the pool reached a standby, whose rows lag behind; connect it to the primary";
+                outcome = Err(Error::with(Kind::Standby, what, error));
+            }
             Err(error) => return Err(failed(error)),
             Ok(row) => {
                 let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
                 let started = row.try_get(1).map_err(failed)?;
                 if canary.map(|canary| Incarnation { canary, started }) == Some(listening) {
+                    connection.give_back();
                     return Ok(());
                 }
             }
         }
-        drop(connection.detach());
     }
     outcome
 }
@@ -194,7 +202,8 @@ fn not_proved(shared: &Shared) -> Error {
             format!(
                 "a notification that was sent through the pool did not reach the LISTEN connection within {:?}; if \
                  the listener's address is a pooler in transaction mode (PgBouncer, a `-pooler` host), give the \
-                 listener a direct connection",
+                 listener a direct connection; if the two are in different databases of one server, connect both to \
+                 the same one",
                 shared.config.beat_timeout,
             ),
         ),
@@ -216,9 +225,12 @@ async fn send(shared: &Shared, fence: Fence) {
     let limit = limit(shared, covered);
     let sending = async {
         if fence.probe {
+            let failed = |error| database_error("sending a fence through the pool", error);
+            let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
             let notify = sqlx::query(FENCE).bind(&shared.own_channel).bind(fence.nonce.to_string());
-            let sent = notify.execute(&shared.pool).await;
-            sent.map(|_| true).map_err(|error| database_error("sending a fence through the pool", error))
+            notify.execute(&mut **connection).await.map_err(failed)?;
+            connection.give_back();
+            Ok(true)
         } else {
             line.send(&shared.own_channel, fence).await
         }

@@ -54,7 +54,7 @@ impl Node {
     /// * [`is_schema_too_old`](Error::is_schema_too_old), [`is_schema_too_new`](Error::is_schema_too_new): the migrations
     ///   have not been run, or those of a later release;
     /// * [`is_pooler`](Error::is_pooler): notifications do not reach the listener;
-    /// * [`is_standby`](Error::is_standby): the listener is on a standby.
+    /// * [`is_standby`](Error::is_standby): the listener or the pool is on a standby.
     ///
     /// # Panics
     ///

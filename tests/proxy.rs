@@ -163,6 +163,19 @@ pg_test! {
         .await;
     }
 
+    async fn a_statement_is_executed_behind_the_clients_back(test: Test) {
+        let db = database(test.version).await;
+        let proxy = Proxy::start(db.port).await;
+        let client = support::connect(&proxy.url(&db.url)).await;
+        client.batch_execute("set application_name = 'mine'").await.unwrap();
+        let connections = proxy.connections();
+        let [connection] = &*connections else { panic!("{connections:?}") };
+        assert!(connection.greeted_with("postgres") && !connection.greeted_with("somebody else"));
+        connection.execute("set application_name = 'not mine'; select generate_series(1, 9999)").await;
+        let row = client.query_one("show application_name", &[]).await.expect("the stream is in order");
+        assert_eq!(row.get::<_, String>(0), "not mine");
+    }
+
     async fn the_witness_sees_all_threads_of_its_own_test(test: Test) {
         for _ in 0..8 {
             tokio::spawn(async { tracing::warn!(n = 1, "from a task") }).await.unwrap();

@@ -62,6 +62,20 @@ pg_test! {
         assert!(server.start().await.unwrap_err().to_string().contains("already runs"));
     }
 
+    async fn a_standby_follows_and_takes_over(test: Test) {
+        let mut primary = server(test.version, &[]).await;
+        connect(&primary.admin_url()).await.batch_execute("create table t as select 'first' as x").await.unwrap();
+        let standby = primary.standby().await.unwrap();
+        let (old, new) = (connect(&primary.admin_url()).await, connect(&standby.admin_url()).await);
+        old.batch_execute("update t set x = 'second'").await.unwrap();
+        eventually("the standby follows", async || text(&new, "select x from t").await == "second").await;
+        new.batch_execute("update t set x = 'third'").await.unwrap_err();
+        standby.promote().await.unwrap();
+        new.batch_execute("update t set x = 'third'").await.unwrap();
+        assert_eq!(text(&old, "select x from t").await, "second", "the old primary runs on");
+        assert!(primary.promote().await.is_err(), "it is no standby");
+    }
+
     async fn a_killed_backend_takes_the_others_down_and_the_server_recovers(test: Test) {
         let server = server(test.version, &[]).await;
         let (victim, bystander) = (connect(&server.admin_url()).await, connect(&server.admin_url()).await);

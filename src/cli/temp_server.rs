@@ -20,6 +20,8 @@
 //!
 //! **As root** everything runs as the user `postgres`, else `nobody`, since Postgres refuses to run as root.
 
+mod standby;
+
 use std::{
     fmt::Write as _,
     fs::{self, File, OpenOptions, Permissions},

@@ -32,17 +32,18 @@ use crate::{
     error::{Error, Kind, Result},
     postgres::{
         catalog::{DESCRIBE, Description},
-        is_missing, is_shutdown, schema_too_old,
+        hosts, is_missing, is_shutdown, schema_too_old,
     },
 };
 
 /// The oldest and the newest version of the schema that this library works with.
 pub(crate) const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
 
-/// Settings of both sessions. Nothing may time out an idle listener; a dead peer must not hold the server's
-/// notification queue for hours; a fence must not wait for ever.
+/// Settings of both sessions. Nothing may time out an idle listener, nor the control session between two beats; a dead
+/// peer must not hold the server's notification queue for hours; a fence must not wait for ever. Older servers lack some.
 const SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; \
-     set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3";
+     set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
+     select set_config(name, '0', false) from pg_settings where name in ('idle_session_timeout', 'transaction_timeout')";
 
 /// Sends a fence: to this channel, with this nonce. The grammar of the message is in `change.rs`. Very many running
 /// transactions would not fit into a message: then none that began after the oldest of them counts as ended.
@@ -172,16 +173,18 @@ pub(crate) async fn connect(
     let mut settings = config.listener.clone();
     let name = settings.get_application_name().map_or_else(|| "rowcache".to_owned(), ToOwned::to_owned);
     settings.application_name(format!("{name} ({role})"));
-    let connecting = settings.connect(config.listener_tls.connector());
-    let (client, connection) = match timeout(config.beat_timeout.max(Duration::from_secs(1)), connecting).await {
-        Ok(connected) => connected.map_err(|error| connect_error(config, error))?,
-        Err(_) => {
-            return Err(Error::new(
-                Kind::Unavailable,
-                format!("connecting to {} took too long", address(&config.listener)),
-            ));
+    let hosts = hosts::each(&settings);
+    let limit = config.beat_timeout.max(Duration::from_secs(1)) / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
+    let mut outcome = Err(Error::new(Kind::Config, "the listener's address has no host"));
+    for host in &hosts {
+        let connecting = timeout(limit, host.connect(config.listener_tls.connector())).await;
+        let late = |_| Err(Error::new(Kind::Unavailable, format!("connecting to {} took too long", address(host))));
+        outcome = connecting.map_or_else(late, |connected| connected.map_err(|error| connect_error(config, error)));
+        if outcome.is_ok() {
+            break;
         }
-    };
+    }
+    let (client, connection) = outcome?;
     let task = tokio::spawn(async move {
         let how = pump(connection, received).await;
         lost(how);
@@ -212,7 +215,7 @@ where
 /// Checks that this session can be a listener, and learns which server it is on. All before LISTEN.
 async fn prepare(listener: &Client) -> Result<Incarnation> {
     let row = listener
-        .query_one("select pg_is_in_recovery(), current_setting('server_version_num')::int", &[])
+        .query_one("select pg_is_in_recovery()", &[])
         .await
         .map_err(|error| setup_error("setting up the LISTEN session failed", error))?;
     if row.get(0) {
@@ -221,12 +224,8 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
             "the listener reached a standby, where Postgres does not allow LISTEN; connect it to the primary",
         ));
     }
-    let mut settings = SETTINGS.to_owned();
-    if row.get::<_, i32>(1) >= 140_000 {
-        settings.push_str("; set idle_session_timeout = 0");
-    }
     let setup = |error| setup_error("setting up the LISTEN session failed", error);
-    listener.batch_execute(&settings).await.map_err(setup)?;
+    listener.batch_execute(SETTINGS).await.map_err(setup)?;
     let version: i32 = listener.query_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0);
     if version < *SCHEMA_VERSIONS.start() {
         return Err(schema_too_old());
@@ -241,7 +240,9 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
             ),
         ));
     }
-    listener.batch_execute("select rowcache.incarnation()").await.map_err(setup)?;
+    // A notification queue that was full stays so until somebody looks at it (`tests/faults/queue.rs`): whoever fails to send
+    // makes no room. Our fences fail then, too, which ends the line and leads here.
+    listener.batch_execute("select pg_notification_queue_usage(), rowcache.incarnation()").await.map_err(setup)?;
     let row = listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
     let canary: Option<Uuid> = row.get(0);
     let canary = canary.ok_or_else(|| {

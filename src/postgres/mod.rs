@@ -1,7 +1,9 @@
 //! The only place with SQL and sockets.
 
 pub(crate) mod catalog;
+mod hosts;
 pub mod install;
+pub(crate) mod lent;
 pub(crate) mod line;
 pub mod migrate;
 pub(crate) mod rows;

@@ -22,7 +22,7 @@ use crate::{
     coherence::Incarnation,
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
-    postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error},
+    postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent},
     source::{Loaded, Loading, Source, Stamp},
 };
 
@@ -41,9 +41,6 @@ pub(crate) struct Rows<K, V> {
 
 /// Canary, start of the server, dirty, position in the log.
 const STAMP_COLUMNS: usize = 4;
-
-/// A connection that was found dead is replaced by another one this often.
-const TRIES: usize = 3;
 
 impl<K: Key, V> Rows<K, V> {
     pub(crate) fn new(
@@ -137,34 +134,34 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
 
     /// Runs the statement, on another connection when the first one turns out to be dead.
     async fn fetch(&self, keys: &[K], deadline: Instant) -> Result<Vec<PgRow>> {
-        let mut tries = 1;
+        // What ends one connection may have ended all that the pool has. The next one is new.
+        let mut tries_left = self.pool.options().get_max_connections();
         loop {
-            let mut connection = match timeout_at(deadline, self.pool.acquire()).await {
+            let mut connection = match timeout_at(deadline, Lent::acquire(&self.pool)).await {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(sqlx::Error::PoolTimedOut)) | Err(_) => return Err(self.no_connection(keys)),
-                Ok(Err(error)) if is_connection_error(&error) && tries < TRIES => {
-                    tries += 1;
+                Ok(Err(error)) if is_connection_error(&error) && tries_left > 0 => {
+                    tries_left -= 1;
                     continue;
                 }
                 Ok(Err(error)) => return Err(database_error(&format!("loading {}", self.of(keys)), error)),
             };
             match timeout_at(deadline, self.run(&mut connection, keys)).await {
                 Ok(Ok(rows)) => {
-                    if !(self.ours)(rows.first().and_then(incarnation)) {
-                        // To a server that was replaced, perhaps: the next load gets another one.
-                        drop(connection.detach());
+                    // One to a server that was replaced, perhaps, is dropped: the next load gets another one.
+                    if (self.ours)(rows.first().and_then(incarnation)) {
+                        connection.give_back();
                     }
                     return Ok(rows);
                 }
-                // Dropped, not returned to the pool: it is broken.
-                Ok(Err(error)) if is_connection_error(&error) && tries < TRIES => {
-                    drop(connection.detach());
-                    tries += 1;
+                // Dropped, not given back: it is broken.
+                Ok(Err(error)) if is_connection_error(&error) && tries_left > 0 => tries_left -= 1,
+                Ok(Err(error)) => {
+                    connection.give_back();
+                    return Err(database_error(&format!("loading {}", self.of(keys)), error));
                 }
-                Ok(Err(error)) => return Err(database_error(&format!("loading {}", self.of(keys)), error)),
                 // Dropped too: the statement may still be running, and the next user would have to wait for it.
                 Err(_) => {
-                    drop(connection.detach());
                     return Err(Error::new(
                         Kind::Timeout,
                         format!("loading {} took longer than {:?} (`load_timeout`)", self.of(keys), self.timeout),

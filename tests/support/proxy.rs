@@ -20,7 +20,7 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    sync::watch,
+    sync::{mpsc, watch},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -176,21 +176,24 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             let _ = client.set_zero_linger();
             continue;
         };
-        let connection = {
+        {
             // Under the lock, or a `set` between these two lines would miss this connection.
             let mut connections = shared.connections.lock().unwrap();
             let [up, down] = *shared.flows.lock().unwrap();
+            let (inject, injected) = mpsc::unbounded_channel();
             let connection = Arc::new(Connection {
                 id: connections.len(),
                 flows: [watch::Sender::new(up), watch::Sender::new(down)],
                 bytes: Default::default(),
                 order: watch::Sender::new(None),
                 open: watch::Sender::new(true),
+                greeting: Mutex::default(),
+                inject,
+                hidden: watch::Sender::new(0),
             });
             connections.push(Arc::clone(&connection));
-            connection
+            tokio::spawn(carry(client, server, Arc::clone(&connection), injected));
         };
-        tokio::spawn(carry(client, server, connection));
     }
 }
 
@@ -203,9 +206,37 @@ pub struct Connection {
     bytes: [AtomicU64; 2],
     order: watch::Sender<Option<Close>>,
     open: watch::Sender<bool>,
+    /// The first bytes up: the client says who it is.
+    greeting: Mutex<Vec<u8>>,
+    inject: mpsc::UnboundedSender<Vec<u8>>,
+    /// Answers to hide from the client.
+    hidden: watch::Sender<usize>,
 }
 
+/// As much of the first bytes is kept.
+const GREETING_MAX: usize = 1024;
+
 impl Connection {
+    /// Whether the client's first bytes contain `part`, for instance of its `application_name`.
+    pub fn greeted_with(&self, part: &str) -> bool {
+        self.greeting.lock().unwrap().windows(part.len()).any(|bytes| bytes == part.as_bytes())
+    }
+
+    /// Has the server execute SQL in this session behind the client's back: neither the statement nor its answer passes
+    /// the client, notifications do. Returns when the server has answered. The session must be idle.
+    pub async fn execute(&self, sql: &str) {
+        let mut query = vec![b'Q'];
+        let length = 4 + sql.len() + 1;
+        query.extend(u32::try_from(length).expect("a short statement").to_be_bytes());
+        query.extend(sql.as_bytes());
+        query.push(0);
+        self.hidden.send_modify(|hidden| *hidden += 1);
+        self.inject.send(query).expect("the connection is open");
+        let answered =
+            timeout(PATIENCE, async { self.hidden.subscribe().wait_for(|hidden| *hidden == 0).await.map(drop) });
+        answered.await.expect("the server does not answer").expect("the sender is in `self`");
+    }
+
     /// Sets one direction of this connection.
     pub fn set(&self, direction: Direction, flow: Flow) {
         self.flows[direction as usize].send_replace(flow);
@@ -241,18 +272,21 @@ impl Connection {
     }
 }
 
-async fn carry(mut client: TcpStream, mut server: TcpStream, connection: Arc<Connection>) {
+async fn carry(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    connection: Arc<Connection>,
+    injected: mpsc::UnboundedReceiver<Vec<u8>>,
+) {
     for stream in [&client, &server] {
         stream.set_nodelay(true).expect("set TCP_NODELAY"); // pieces pass as they come
     }
     let how = {
         let (from_client, to_client) = client.split();
         let (from_server, to_server) = server.split();
-        let [up, down] = connection.flows.each_ref().map(watch::Sender::subscribe);
-        let [up_bytes, down_bytes] = &connection.bytes;
-        let both = async {
-            tokio::try_join!(pump(from_client, to_server, up, up_bytes), pump(from_server, to_client, down, down_bytes))
-        };
+        let up = pump(from_client, to_server, &connection, Direction::Up, Some(injected));
+        let down = pump(from_server, to_client, &connection, Direction::Down, None);
+        let both = async { tokio::try_join!(up, down) };
         let mut order = connection.order.subscribe();
         tokio::select! {
             ordered = order.wait_for(Option::is_some) => ordered.expect("the sender is in `connection`").expect("checked"),
@@ -285,17 +319,30 @@ async fn drain(mut stream: TcpStream) {
 async fn pump(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
-    mut flow: watch::Receiver<Flow>,
-    bytes: &AtomicU64,
+    connection: &Connection,
+    direction: Direction,
+    mut injected: Option<mpsc::UnboundedReceiver<Vec<u8>>>,
 ) -> io::Result<()> {
     const GONE: &str = "the sender lives as long as the connection";
+    let mut flow = connection.flows[direction as usize].subscribe();
     let mut buffer = vec![0; 16 * 1024];
+    let mut unsorted = Vec::new();
     loop {
         flow.wait_for(|flow| *flow != Flow::Stall).await.expect(GONE);
+        let next_injected = async {
+            match &mut injected {
+                Some(injected) => injected.recv().await.expect(GONE),
+                None => std::future::pending().await,
+            }
+        };
         let read = tokio::select! {
             biased;
             changed = flow.changed() => {
                 changed.expect(GONE);
+                continue;
+            }
+            query = next_injected => {
+                to.write_all(&query).await?;
                 continue;
             }
             read = from.read(&mut buffer) => read?,
@@ -312,7 +359,39 @@ async fn pump(
             Flow::Delay(by) => sleep(by).await,
             Flow::Pass => {}
         }
-        to.write_all(&buffer[..read]).await?;
-        bytes.fetch_add(u64::try_from(read).expect("usize fits u64"), Ordering::Relaxed);
+        let piece = &buffer[..read];
+        if direction == Direction::Up {
+            let mut greeting = connection.greeting.lock().unwrap();
+            let room = GREETING_MAX - greeting.len();
+            greeting.extend(&piece[..room.min(read)]);
+        } else if *connection.hidden.borrow() > 0 {
+            unsorted.extend(piece);
+            let shown = sort_out(&mut unsorted, &connection.hidden);
+            to.write_all(&shown).await?;
+            continue;
+        }
+        to.write_all(piece).await?;
+        connection.bytes[direction as usize].fetch_add(u64::try_from(read).expect("usize fits u64"), Ordering::Relaxed);
     }
+}
+
+/// Takes whole messages of the server off `bytes`, and returns those that are not part of a hidden answer: notifications,
+/// and what comes after the last `ReadyForQuery` that is hidden.
+fn sort_out(bytes: &mut Vec<u8>, hidden: &watch::Sender<usize>) -> Vec<u8> {
+    let mut shown = Vec::new();
+    while *hidden.borrow() > 0 {
+        let Some(length) = bytes.get(1..5) else { return shown };
+        let end = 1 + u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;
+        if bytes.len() < end {
+            return shown;
+        }
+        let message: Vec<_> = bytes.drain(..end).collect();
+        match message[0] {
+            b'A' => shown.extend(message),
+            b'Z' => hidden.send_modify(|hidden| *hidden -= 1),
+            _ => {}
+        }
+    }
+    shown.append(bytes);
+    shown
 }
