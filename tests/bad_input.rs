@@ -213,7 +213,7 @@ pg_test! {
             (r#"{"v":1,"t":"public.users","x":1,"k":[2]}"#, false, false),
             (r#"{"v":1,"t":"public.users","x":1,"k":[]}"#, false, false),
             (r#"{"v":1,"x":1,"all":true}"#, true, false),
-            (r#"{"v":1,"f":"00000000-0000-0000-0000-000000000000"}"#, false, false),
+            (r#"{"v":1,"f":"00000000-0000-0000-0000-000000000000","s":"9:9:","l":9}"#, false, false),
         ] {
             name(&users, 1).await;
             let client = db.client().await;
