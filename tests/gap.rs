@@ -505,15 +505,9 @@ pg_test! {
         let mut events = node.subscribe();
         // A commit that waits for a standby which does not exist holds the lock that orders notifications.
         let admin = support::connect(&server.admin_url()).await;
-        admin.batch_execute("alter system set synchronous_standby_names = 'nobody'").await.expect("set");
-        admin.batch_execute("select pg_reload_conf()").await.expect("reloaded");
+        db.make_commits_wait().await;
         let writer = db.client().await;
         let pid = writer.backend_pid().await;
-        eventually("the new setting is in force", async || {
-            let row = writer.query_one("show synchronous_standby_names", &[]).await.expect("shows");
-            row.get::<_, String>(0) == "nobody"
-        })
-        .await;
         let stuck = tokio::spawn(async move {
             writer.batch_execute("update public.users set name = 'stuck' where id = 1").await
         });

@@ -34,7 +34,10 @@ use std::{
     ops::Deref,
     panic,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -218,6 +221,34 @@ impl TestDb {
     /// Runs statements on a connection of their own, as another program would.
     pub async fn execute(&self, sql: &str) {
         self.client().await.batch_execute(sql).await.unwrap_or_else(|error| panic!("{error:?}\nin: {sql}"));
+    }
+
+    /// From when this returns, each commit on the server waits for a synchronous standby that does not exist; until it is cancelled.
+    /// That the setting shows in a session is not enough: the checkpointer tells commits, in its own time.
+    pub async fn make_commits_wait(&self) {
+        self.execute("create table public.probe ()").await;
+        self.execute("alter system set synchronous_standby_names = 'nobody'").await;
+        self.execute("select pg_reload_conf()").await;
+        let prober = self.client().await;
+        let pid = prober.backend_pid().await;
+        let done = Arc::new(AtomicBool::new(false));
+        let probing = {
+            let done = Arc::clone(&done);
+            tokio::spawn(async move {
+                while !done.load(Ordering::Relaxed) {
+                    prober
+                        .batch_execute("insert into public.probe default values")
+                        .await
+                        .expect("commits, late or not");
+                }
+            })
+        };
+        let observer = self.client().await;
+        let waits = "select coalesce(wait_event = 'SyncRep', false) from pg_stat_activity where pid = $1";
+        eventually("commits wait", async || observer.query_one(waits, &[&pid]).await.expect("asks").get(0)).await;
+        done.store(true, Ordering::Relaxed);
+        observer.execute("select pg_cancel_backend($1)", &[&pid]).await.expect("cancels");
+        probing.await.expect("ends");
     }
 
     /// Listens on a channel; returns when the server has confirmed it.

@@ -75,14 +75,9 @@ pg_test! {
         prepare(&db).await;
         doctor(&db.url).await.has_not("fence.blocked");
         // It waits for a standby which does not exist, and holds the lock that orders notifications.
-        psql(&db, &["alter system set synchronous_standby_names = 'nobody'", "select pg_reload_conf()"]).await;
+        db.make_commits_wait().await;
         let writer = db.client().await;
         let pid = writer.backend_pid().await;
-        support::eventually("the new setting is in force", async || {
-            let row = writer.query_one("show synchronous_standby_names", &[]).await.expect("shows");
-            row.get::<_, String>(0) == "nobody"
-        })
-        .await;
         let stuck = tokio::spawn(async move { writer.batch_execute("update users set name = 'stuck' where id = 1").await });
         support::eventually("it waits for the standby", async || {
             psql(&db, &[&format!("select wait_event from pg_stat_activity where pid = {pid}")]).await == "SyncRep\n"
