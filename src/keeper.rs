@@ -68,8 +68,9 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
     }
 }
 
-/// No pause between two attempts is longer, jitter apart.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// No pause between two attempts is longer, jitter apart: a node is back soon after its server, and a server that is
+/// starting can refuse one connection per node and second.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Pauses between attempts: growing, and with jitter, so that the nodes of a fleet do not come back all at once.
 fn pauses() -> impl Iterator<Item = Duration> {
