@@ -24,14 +24,14 @@ use support::{
 
 const LOST: &str = "LISTEN connection was lost";
 const AGAIN: &str = "cannot restore the LISTEN connection";
-const HOUR: Duration = Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_hours(1);
 
 /// A node whose line goes through a proxy, and that is in no hurry to call silence a gap.
 async fn patient(db: &TestDb) -> (Proxy, Node) {
     let proxy = Proxy::start(db.port).await;
     let mut config = Config::from_url(&db.url).expect("a good URL");
     config.listener = hasty(&proxy.url(&db.url)).listener;
-    (config.beat_timeout, config.lease) = (Duration::from_secs(60), Duration::from_secs(90));
+    (config.beat_timeout, config.lease) = (Duration::from_mins(1), Duration::from_mins(2));
     (proxy, Node::start(config).await.expect("starts"))
 }
 
