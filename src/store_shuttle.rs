@@ -22,6 +22,7 @@ use shuttle::{future::block_on, rand::Rng, thread};
 use super::*;
 use crate::{
     change::{Change, Rows},
+    hashed::Secret,
     tables::{Tables, Trust},
 };
 
@@ -52,6 +53,8 @@ struct Plan {
     gaps: bool,
     /// Some readers take what a gap has put out of service, and some ask for what is current.
     moods: bool,
+    /// Messages carry hashes, and the index of hashes is swept.
+    hashed: bool,
     /// Loads fail, runners die and callers are cancelled, now and then.
     accidents: bool,
 }
@@ -66,7 +69,8 @@ enum Mood {
 
 impl World {
     fn new(plan: Plan) -> Arc<Self> {
-        let store = Arc::new(Store::new(plan.capacity, Limits { runners_max: 2, batch_max: 2 }));
+        let hashed = plan.hashed.then(|| Hashed::new(Secret::new(b"secret")));
+        let store = Arc::new(Store::new(plan.capacity, Limits { runners_max: 2, batch_max: 2 }, hashed));
         let world = Self {
             store: Arc::clone(&store),
             tables: Tables::default(),
@@ -92,7 +96,9 @@ impl World {
             Rows::All
         } else {
             known[key] = versions[key];
-            Rows::Keys(vec![RowKey::new(&i64::try_from(key).unwrap().to_parts())])
+            let key = i64::try_from(key).unwrap();
+            let keys = || Rows::Keys(vec![RowKey::new(&key.to_parts())]);
+            self.store.hashed.as_ref().map_or_else(keys, |hashed| hashed.rows(&key))
         };
         let mut channel = lock(&self.channel);
         if channel.listening {
@@ -208,6 +214,15 @@ fn scenario(plan: Plan) {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || world.gap()));
     }
+    if plan.hashed {
+        let world = Arc::clone(&world);
+        threads.push(thread::spawn(move || {
+            for _ in 0..2 {
+                world.store.sweep();
+                thread::yield_now();
+            }
+        }));
+    }
     for thread in threads {
         thread.join().unwrap();
     }
@@ -218,6 +233,10 @@ fn scenario(plan: Plan) {
             assert_eq!(entry.value, Some(*version), "key {key} is stale for ever");
         }
         world.get(key, Mood::Coherent, false);
+    }
+    if let Some(hashed) = &world.store.hashed {
+        world.store.sweep();
+        assert!(hashed.len() <= KEYS, "{} hashes of {KEYS} keys", hashed.len());
     }
     if !plan.clears && !plan.gaps && !plan.accidents {
         // Each key: one load for the first reader, and one after each of its changes.
@@ -232,11 +251,26 @@ fn check(plan: Plan) {
     shuttle::check_pct(move || scenario(plan), iterations, 3);
 }
 
-const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, moods: false, accidents: false };
+const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, moods: false, hashed: false, accidents: false };
 
 #[test]
 fn shuttle_reads_against_changes() {
     check(CALM);
+}
+
+#[test]
+fn shuttle_reads_against_hashes() {
+    check(Plan { hashed: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_hashes_and_evictions() {
+    check(Plan { hashed: true, capacity: 1, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_hashes_and_accidents() {
+    check(Plan { hashed: true, gaps: true, accidents: true, ..CALM });
 }
 
 #[test]

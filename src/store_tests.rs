@@ -14,7 +14,7 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
-    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }));
+    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }, None));
     let mut fixture = Fixture { store, words: Words::default() };
     fixture.turn(true);
     fixture
