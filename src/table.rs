@@ -236,7 +236,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
         match asked {
             Asked::Hit(entry) => Ok(Answer { entry, read: None }),
             Asked::Wait(answer) => answer.await.unwrap_or_else(|_| {
-                let key = key::display(&key.to_parts());
+                let key = if self.store.hashed.is_some() { "…".into() } else { key::display(&key.to_parts()) };
                 Err(Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name)))
             }),
         }

@@ -166,6 +166,8 @@ pg_test! {
             read(&here, &tok(n)).await;
             read(&there, &tok(n)).await;
         }
+        // The listener's marker.
+        test.logs.allow("a message on channel rowcache could not be read");
         let mut listener = db.listen("rowcache").await;
         let mut events = b.subscribe();
         here.invalidate(&tok(1)).await.expect("sent");
@@ -179,6 +181,19 @@ pg_test! {
         };
         let Rows::Hashed { hashes, .. } = &change.rows else { panic!("{change:?}") };
         assert!(matches!(&hashes[..], [hash] if said[0].contains(&KeyHash::to_string(hash))), "{change:?}");
+    }
+
+    async fn errors_do_not_show_the_key(test: Test) {
+        let db = sessions_db(test.version).await;
+        let node = node(&db).await;
+        let sessions: Table<String, (Uuid,)> = node.table("public.sessions").await.expect("opens");
+        let error = sessions.get(&tok(1)).await.expect_err("a token is no uuid");
+        assert!(error.is_decode() && error.to_string() == "a row of public.sessions could not be decoded", "{error}");
+        let sessions = self::sessions(&node).await;
+        test.logs.allow("the triggers or the definition of this table changed; its reads go to Postgres");
+        db.execute("drop table public.sessions").await;
+        let error = sessions.get(&tok(2)).await.expect_err("it is gone");
+        assert!(!format!("{error:?}").contains("tok2"), "{error:?}");
     }
 
     async fn hashes_by_another_secret_are_the_whole_table(test: Test) {
