@@ -133,7 +133,7 @@ pub(crate) struct Mark {
 }
 
 /// The wire form of all messages. Unknown fields make a message unreadable: a later version may mean more.
-#[derive(Deserialize, Serialize)]
+#[derive(Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Wire<'a> {
     v: u64,
@@ -216,18 +216,20 @@ impl Change {
 
     /// The wire form. A change without keys of a table that it does not name is written as "every table".
     pub(crate) fn to_payload(&self) -> String {
-        let (mut k, mut i, mut h, mut all) = (None, None, None, false);
+        let mut wire = Wire { v: VERSION, t: self.table.as_deref().map(Cow::Borrowed), x: self.xid, ..Wire::default() };
         match &self.rows {
-            Rows::All => all = true,
-            Rows::Keys(keys) => k = Some(keys.clone()),
-            Rows::Hashed { secret, hashes } => (i, h) = (Some(secret.as_str().into()), Some(hashes.clone())),
+            Rows::All => wire.all = true,
+            Rows::Keys(keys) => wire.k = Some(keys.clone()),
+            Rows::Hashed { secret, hashes } => {
+                (wire.i, wire.h) = (Some(secret.as_str().into()), Some(hashes.clone()));
+            }
         }
-        let c = self.columns.iter().map(|(column, values)| {
+        let columns = self.columns.iter().map(|(column, values)| {
             let values = values.iter().map(|part| RowKey::new(std::slice::from_ref(part)));
             (column.clone(), values.collect())
         });
-        let t = self.table.as_deref().map(Cow::Borrowed);
-        write(&Wire { v: VERSION, t, x: self.xid, k, c: c.collect(), i, h, all, f: None, s: None, l: None })
+        wire.c = columns.collect();
+        write(&wire)
     }
 }
 

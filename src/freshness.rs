@@ -286,7 +286,9 @@ impl<K: Key, V: FromRow> Table<K, V> {
             shared.is_ours(loaded.stamp.incarnation, gaps);
             loaded
         };
-        unique.iter().for_each(|key| self.store.invalidate(key));
+        for key in &unique {
+            self.store.invalidate(key);
+        }
         let mut rows = Vec::with_capacity(unique.len());
         for row in loaded.rows {
             rows.push(Cached::loaded(row?));

@@ -230,7 +230,7 @@ async fn verify(shared: &Shared, line: &Line) -> Result<()> {
         match shared.tables.verified(&name, line.describe(&name).await?.whole()) {
             // A TRUNCATE leaves its trace too.
             Verified::Whole => {
-                tracing::info!(table = name, "the triggers or the definition of this table changed, and are whole")
+                tracing::info!(table = name, "the triggers or the definition of this table changed, and are whole");
             }
             Verified::Broken(problem) => tracing::warn!(
                 table = name,

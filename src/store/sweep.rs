@@ -14,7 +14,7 @@
 //! A message that finds no key has nothing to do. Had a load of the key started before the look into the index, the key
 //! would have been in it. A load that starts afterwards starts after the message was delivered, and sees the change (A7).
 
-use super::{Key, KeyHash, Runner, Store};
+use super::{Hashed, Key, KeyHash, Runner, Store};
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Rows were changed whose keys have these hashes. `false`: they are not ours to understand.
@@ -52,7 +52,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     /// The work of making the index small again, if it has grown; for a thread that may be kept busy.
     pub(crate) fn sweep(&self) -> Option<impl FnOnce() + Send + use<K, V>> {
-        let due = self.store.hashed.as_ref().is_some_and(|hashed| hashed.sweep_is_due());
+        let due = self.store.hashed.as_ref().is_some_and(Hashed::sweep_is_due);
         let store = due.then(|| std::sync::Arc::clone(&self.store))?;
         Some(move || store.sweep())
     }
