@@ -8,13 +8,72 @@
 --     which no setting touches.
 --   * It needs no right on this schema: writers are ordinary roles.
 --   * It says which rows changed, never what is in them, beyond the key and the columns that track() was told to send.
+--   * Where keys are to be hashed it runs as the owner of the table, like the triggers of a foreign key: that role may read
+--     the secret, and can do nothing through the function that it could not do anyhow. Nobody else may execute it, so that
+--     nobody can put it on a table of his own and have keys hashed that he guessed.
 --
 -- A message, less than 8000 bytes of JSON:
 --   {"v":1,"t":"public.users","x":751,"k":[1,2]}                              rows by key, old and new
 --   {"v":1,"t":"public.orders","x":751,"k":[["eu",7]],"c":{"user_id":[1,2]}}  key of two columns; a further column
+--   {"v":1,"t":"public.sessions","x":751,"i":"0f…","h":["5a…"]}               hashes of keys, and which secret made them
 --   {"v":1,"t":"public.users","x":751,"all":true}                             the whole table
 --
 -- Locks: none on tables of yours (track() does: see there). May be run again.
+
+create or replace function rowcache.hmac_pad(secret bytea, filler int) returns bytea
+  language sql immutable strict
+  set search_path = pg_catalog, pg_temp
+as $$
+  -- One block of SHA-256 has 64 bytes.
+  select string_agg(
+    set_byte(decode('00', 'hex'), 0, filler # case when i < octet_length(secret) then get_byte(secret, i) else 0 end),
+    ''::bytea order by i)
+  from generate_series(0, 63) as i
+$$;
+comment on function rowcache.hmac_pad(bytea, int) is 'What HMAC-SHA-256 puts before a message: the secret, filled up, xor the filler';
+
+create table if not exists rowcache.secret (
+  -- Each of these uuids has 122 bits from the system's generator.
+  secret bytea not null check (octet_length(secret) = 32) default sha256(
+    uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())),
+  -- All that follows from the secret. The id stands in messages: a node that has another secret knows that it does not
+  -- understand.
+  id text not null generated always as (left(encode(sha256(secret), 'hex'), 16)) stored,
+  inner_pad bytea not null generated always as (rowcache.hmac_pad(secret, 54)) stored,
+  outer_pad bytea not null generated always as (rowcache.hmac_pad(secret, 92)) stored
+);
+comment on table rowcache.secret is 'One row: what makes hashes of keys, where track() was told to send no keys. Logged, so that it survives a crash';
+create unique index if not exists secret_only_one on rowcache.secret ((true));
+
+do $$
+declare
+  object record;
+begin
+  insert into rowcache.secret default values on conflict do nothing;
+  if found then
+    -- Default privileges may have given it to roles that read "all tables".
+    for object in
+      select distinct a.grantee
+      from pg_class c
+      cross join aclexplode(c.relacl) a
+      where c.oid = 'rowcache.secret'::regclass and a.grantee not in (0, c.relowner)
+    loop
+      execute format('revoke all on rowcache.secret from %s', object.grantee::regrole);
+    end loop;
+  end if;
+end
+$$;
+revoke all on rowcache.secret from public;
+grant select (id) on rowcache.secret to public;
+
+create or replace function rowcache.key_secret() returns bytea
+  language sql stable security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select s.secret from rowcache.secret s
+$$;
+comment on function rowcache.key_secret() is 'For the roles of services that cache tables with hashed keys; with it, guessed keys can be compared with the channel';
+revoke execute on function rowcache.key_secret() from public;
 
 create table if not exists rowcache.tracked_table (
   relation regclass primary key,
@@ -27,6 +86,8 @@ create table if not exists rowcache.tracked_table (
   ignored name[] not null,
   max_keys int not null,
   level text not null check (level in ('statement', 'row')),
+  -- The id of the secret with which its keys are hashed; null: keys are sent as they are.
+  secret text,
   -- The WHEN condition as Postgres prints it, to see whether somebody has made another.
   condition text
 );
@@ -179,11 +240,14 @@ declare
   column_sql text[];
   -- Parts of messages.
   opening text := format('%L || pg_current_xact_id()::text', format('{"v":1,"t":%s,"x":', to_json(t.name)));
+  list text := ',"k":[';
   whole_table text := opening || $q$ || ',"all":true}'$q$;
   ending text := $q$']}'$q$;
   ending_of_chunk text := $q$']}'$q$;
   -- Parts that grow with the further columns.
   declarations text := '';
+  label text := '';
+  secret_read text := '';
   row_size text := 'octet_length(r.k)';
   gathered text := $q$string_agg(r.k, ',')$q$;
   gathered_into text := 'keys';
@@ -191,7 +255,8 @@ declare
   nothing_in_row text := 'r.k is null';
   -- Bytes. A chunk ends with the row that passes chunk_bytes, and no row has more than row_bytes; together with their
   -- commas they fit into room, which is what the rest of a message leaves of NOTIFY's limit.
-  room int := 7999 - octet_length(format('{"v":1,"t":%s,"x":18446744073709551615,"k":[],"c":{}}', to_json(t.name)));
+  room int := 7999 - octet_length(format(
+    '{"v":1,"t":%s,"x":18446744073709551615,"i":"0123456789abcdef","h":[],"c":{}}', to_json(t.name)));
   chunk_bytes int;
   row_bytes int;
   -- Queries for the changed rows, and what is made of them.
@@ -211,6 +276,19 @@ begin
     from unnest(t.key_columns) with ordinality as u(name, position)
   ) as k(sql, position);
 
+  if t.secret is not null then
+    -- HMAC-SHA-256 of the text that would be sent, cut to 16 bytes. Variables are named with their block, so that no column
+    -- of the table can be meant.
+    key_sql := $q$'"' || encode(substr(sha256(hmac.outer_pad || sha256(hmac.inner_pad || convert_to($q$ || key_sql
+      || $q$, 'UTF8'))), 1, 16), 'hex') || '"'$q$;
+    list := format(',"i":"%s","h":[', t.secret);
+    label := e'<<hmac>>\n';
+    declarations := e'\n  inner_pad bytea;\n  outer_pad bytea;';
+    -- Without it nothing can be told but "the whole table".
+    secret_read := format(e'\n      select s.inner_pad, s.outer_pad into strict hmac.inner_pad, hmac.outer_pad'
+      ' from rowcache.secret s where s.id = %L;', t.secret);
+  end if;
+
   select
     coalesce(array_agg(rowcache.key_text(t.relation, name, '%1$s.' || replace(quote_ident(name), '%', '%%'))
       order by position), '{}')
@@ -219,7 +297,7 @@ begin
 
   if cardinality(t.columns) > 0 then
     select
-      string_agg(format(e'\n  c%s text;', position), '' order by position),
+      declarations || string_agg(format(e'\n  c%s text;', position), '' order by position),
       'coalesce(octet_length(r.k), 0)'
         || string_agg(format(' + coalesce(octet_length(r.c%s), 0)', position), '' order by position),
       gathered || string_agg(format($q$, string_agg(distinct r.c%s, ',')$q$, position), '' order by position),
@@ -247,7 +325,7 @@ begin
 
   -- One row, in a row trigger. Where statement triggers tell the new key, the row trigger exists for the old one.
   select
-    string_agg(
+    secret_read || e'\n' || string_agg(
       case when t.level = 'statement' then
         format(e'      %s := %s;\n', variable, format(sql, 'old'))
       else
@@ -294,13 +372,13 @@ begin
       select count(*), max(%s), %s into row_count, longest, %s
       from (%s limit %s) r;$source$, row_size, gathered, gathered_into, query, t.max_keys::bigint + 1), position_else order by position),
     string_agg(format($source$
-    perform pg_notify('rowcache', %s || ',"k":[' || coalesce(string_agg(r.k, ','), '') || %s)
+    perform pg_notify('rowcache', %s || %L || coalesce(string_agg(r.k, ','), '') || %s)
     from (
       select r.*, sum(%s + %s) over (rows unbounded preceding) / %s as chunk
       from (%s) r
       where not (%s)
     ) r
-    group by r.chunk;$source$, opening, ending_of_chunk, row_size, 1 + cardinality(t.columns), chunk_bytes, query,
+    group by r.chunk;$source$, opening, list, ending_of_chunk, row_size, 1 + cardinality(t.columns), chunk_bytes, query,
       nothing_in_row), position_else order by position)
     into statement_keys, statement_chunks
   from (
@@ -315,7 +393,7 @@ begin
 
   return format($source$
 -- Made by rowcache.track() for %1$s. Do not edit: rowcache.problems() would notice. Track the table again instead.
-declare
+%10$sdeclare
   row_count bigint;
   longest int;
   keys text;%2$s
@@ -335,8 +413,7 @@ begin
       perform pg_notify('rowcache', %3$s);
       return null;
     end if;
-    begin
-%5$s    exception when others then
+    begin%5$s    exception when others then
       -- Most likely a column was renamed. The writer's statement must not fail for that.
       perform pg_notify('rowcache', %3$s);
       return null;
@@ -345,7 +422,7 @@ begin
       return null;
     end if;
     perform set_config(%4$s, (row_count + 1)::text, true);
-    message := %8$s || ',"k":[' || coalesce(keys, '') || %9$s;
+    message := %8$s || %11$L || coalesce(keys, '') || %9$s;
     if octet_length(message) >= 8000 then
       message := %3$s;
     end if;
@@ -354,7 +431,8 @@ begin
   end if;
 $source$,
     -- A line break in a name must not end the comment.
-    translate(t.name, e'\n\r', '  '), declarations, whole_table, counter, row_keys, t.max_keys, nothing, opening, ending)
+    translate(t.name, e'\n\r', '  '), declarations, whole_table, counter, row_keys, t.max_keys, nothing, opening, ending,
+    label, list)
   || case t.level when 'row' then $source$
   return null;
 end
@@ -370,7 +448,7 @@ $source$ else format($source$
   if %5$s then
     return null;
   end if;
-  message := %6$s || ',"k":[' || coalesce(keys, '') || %7$s;
+  message := %6$s || %10$L || coalesce(keys, '') || %7$s;
   if octet_length(message) < 8000 then
     perform pg_notify('rowcache', message);
   else
@@ -379,8 +457,8 @@ $source$ else format($source$
   return null;
 end
 $source$,
-    statement_keys, t.max_keys, row_bytes, whole_table, nothing, opening, ending, chunk_bytes,
-    statement_chunks)
+    secret_read || statement_keys, t.max_keys, row_bytes, whole_table, nothing, opening, ending, chunk_bytes,
+    statement_chunks, list)
   end;
 end
 $$;
@@ -434,6 +512,7 @@ as $$
     || case when t.ignored <> '{}' then format(', ignore => %L', t.ignored) else '' end
     || case when t.max_keys <> 10000 then format(', max_keys => %s', t.max_keys) else '' end
     || case when t.level = 'row' and not rowcache.needs_row_level(t.relation) then ', level => ''row''' else '' end
+    || case when t.secret is not null then ', hash_keys => true' else '' end
     || ')'
 $$;
 comment on function rowcache.track_call(rowcache.tracked_table) is 'The statement that tracks the table again, as it is tracked now';
@@ -449,6 +528,7 @@ declare
   shown text := rowcache.relation_name(relation);
   cure text;
   source text;
+  owner regrole;
 begin
   select x.* into t from rowcache.tracked_table x where x.relation = problems.relation;
   if not found then
@@ -469,6 +549,12 @@ begin
       || cure;
   end if;
 
+  if t.secret is not null and not exists (select from rowcache.secret s where s.id = t.secret) then
+    return next format('the secret has changed since %s was tracked, and its messages say no more than "the whole table"', shown)
+      || cure;
+    return;
+  end if;
+
   begin
     source := rowcache.trigger_source(t);
   exception when others then
@@ -481,10 +567,29 @@ begin
     join pg_namespace n on n.oid = p.pronamespace
     join pg_language l on l.oid = p.prolang
     where n.nspname = 'rowcache' and p.proname = t.function and p.pronargs = 0 and l.lanname = 'plpgsql'
-      and p.prosrc = source and not p.prosecdef
+      and p.prosrc = source and p.prosecdef = (t.secret is not null)
       and p.proconfig @> array['search_path=pg_catalog, pg_temp']
   ) then
     return next format('function rowcache.%I() is not what track() makes of %s today', t.function, shown) || cure;
+  end if;
+
+  if t.secret is not null then
+    select c.relowner::regrole into owner from pg_class c where c.oid = relation;
+    if not exists (
+      select
+      from pg_proc p
+      where p.pronamespace = 'rowcache'::regnamespace and p.proname = t.function and p.proowner = owner
+        and not exists (
+          -- No list at all means that everybody may.
+          select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee <> p.proowner
+        )
+    ) then
+      return next format('function rowcache.%I() must belong to %s, the owner of %s, and nobody else may execute it',
+        t.function, owner, shown) || cure;
+    end if;
+    if not has_column_privilege(owner, 'rowcache.secret', 'inner_pad', 'select') then
+      return next format('%s, the owner of %s, may not read the secret: grant select on rowcache.secret to %1$s', owner, shown);
+    end if;
   end if;
 
   return query
@@ -524,7 +629,8 @@ create or replace function rowcache.track(
   columns name[] default '{}',
   ignore name[] default '{}',
   max_keys int default 10000,
-  level text default 'auto'
+  level text default 'auto',
+  hash_keys boolean default false
 ) returns text
   language plpgsql volatile
   set search_path = pg_catalog, pg_temp
@@ -538,6 +644,7 @@ declare
   name name;
   related regclass;
   virtual_column name;
+  secret text;
   object record;
 begin
   select c.* into class from pg_class c where c.oid = relation;
@@ -579,6 +686,10 @@ begin
   if level is null or level not in ('auto', 'statement', 'row') then
     raise exception 'level is %, not auto, statement or row', coalesce(quote_literal(level), 'null')
       using errcode = 'invalid_parameter_value', hint = 'Leave it out: auto takes what the table needs.';
+  end if;
+  if hash_keys is null then
+    raise exception 'hash_keys is null, not true or false'
+      using errcode = 'invalid_parameter_value', hint = 'The default is false.';
   end if;
   columns := coalesce(columns, '{}');
   ignore := coalesce(ignore, '{}');
@@ -627,6 +738,19 @@ begin
       using errcode = 'invalid_parameter_value', hint = format('Ignore %I as well.', virtual_column);
   end if;
 
+  if hash_keys then
+    if columns <> '{}' then
+      raise exception 'the keys of % are to be hashed, and its columns % sent as they are', shown, columns
+        using errcode = 'invalid_parameter_value', hint = 'Leave out columns, or hash_keys.';
+    end if;
+    if not has_column_privilege(class.relowner, 'rowcache.secret', 'inner_pad', 'select') then
+      raise exception '%, the owner of %, may not read the secret that hashes its keys', class.relowner::regrole, shown
+        using errcode = 'insufficient_privilege',
+          hint = format('Run: grant select on rowcache.secret to %s', class.relowner::regrole);
+    end if;
+    select s.id into strict secret from rowcache.secret s;
+  end if;
+
   row_needed := rowcache.needs_row_level(relation);
   if level = 'statement' and row_needed then
     raise exception 'statement triggers would miss writes to %', shown
@@ -654,7 +778,7 @@ begin
   end if;
 
   wanted := (
-    relation, shown, 'changed_' || relation::oid, key, columns, ignore, max_keys, level, null
+    relation, shown, 'changed_' || relation::oid, key, columns, ignore, max_keys, level, secret, null
   )::rowcache.tracked_table;
   -- Refuses types before anything is locked.
   perform rowcache.trigger_source(wanted);
@@ -666,6 +790,7 @@ begin
     where t.relation = wanted.relation
       and (t.name, t.key_columns, t.columns, t.ignored, t.max_keys, t.level)
         = (wanted.name, wanted.key_columns, wanted.columns, wanted.ignored, wanted.max_keys, wanted.level)
+      and t.secret is not distinct from wanted.secret
   ) and not exists (select from rowcache.problems(relation)) then
     return shown;
   end if;
@@ -712,16 +837,36 @@ begin
     wanted.function := wanted.function || '_2';
   end loop;
 
-  -- Public may execute it, as any trigger function: creating a partition clones its triggers with that partition's
-  -- owner's rights.
   execute format(
-    'create or replace function rowcache.%I() returns trigger language plpgsql%s set search_path = pg_catalog, pg_temp as %L',
+    'create or replace function rowcache.%I() returns trigger language plpgsql%s%s set search_path = pg_catalog, pg_temp as %L',
     wanted.function,
+    case when hash_keys then ' security definer' else ' security invoker' end,
     -- A cached plan was made for the rows of its first statement. One row then, and a million now, must not be a nested
     -- loop.
     case when ignore <> '{}' and level = 'statement' then ' set enable_nestloop = off' else '' end,
     rowcache.trigger_source(wanted));
   execute format('comment on function rowcache.%I() is %L', wanted.function, 'Trigger function of ' || shown);
+  if hash_keys then
+    -- The owner can have it do whatever he likes, by changing the type of a column; so it must be his.
+    for object in
+      select p.proowner, a.grantee
+      from pg_proc p
+      left join aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a on a.grantee <> p.proowner
+      where p.pronamespace = 'rowcache'::regnamespace and p.proname = wanted.function
+    loop
+      if object.grantee is not null then
+        execute format('revoke all on function rowcache.%I() from %s', wanted.function,
+          case object.grantee when 0 then 'public' else object.grantee::regrole::text end);
+      end if;
+      if object.proowner <> class.relowner then
+        execute format('alter function rowcache.%I() owner to %s', wanted.function, class.relowner::regrole);
+      end if;
+    end loop;
+  else
+    -- Public may execute it, as any trigger function: creating a partition clones its triggers with that partition's
+    -- owner's rights.
+    execute format('grant execute on function rowcache.%I() to public', wanted.function);
+  end if;
 
   for object in
     select g.tgname, g.tgrelid::regclass as relation
@@ -775,7 +920,7 @@ begin
   return shown;
 end
 $$;
-comment on function rowcache.track(regclass, name[], name[], name[], int, text) is
+comment on function rowcache.track(regclass, name[], name[], name[], int, text, boolean) is
   'Puts triggers on a table and on its partitions or children. Writers wait for it, readers do not. Returns the name that messages have';
 
 create or replace function rowcache.untrack(relation regclass) returns boolean
@@ -827,6 +972,7 @@ select
   t.ignored::text[] as ignored,
   t.max_keys,
   t.level,
+  t.secret is not null as hash_keys,
   array(select rowcache.problems(t.relation)) as problems
 from rowcache.tracked_table t;
 comment on view rowcache.tracked is 'The tracked tables and how. problems: empty if all is well';
@@ -834,7 +980,7 @@ grant select on rowcache.tracked to public;
 
 -- Who tracks a table must own it, and may write here; that is not for everyone.
 revoke execute on function
-  rowcache.track(regclass, name[], name[], name[], int, text),
+  rowcache.track(regclass, name[], name[], name[], int, text, boolean),
   rowcache.untrack(regclass),
   rowcache.key_text(regclass, name, text),
   rowcache.trigger_source(rowcache.tracked_table),

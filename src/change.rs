@@ -3,11 +3,13 @@
 //! ```text
 //! change   = {"v":1,"t":RELATION,"x":XID,"k":[KEY,…]}                            these rows
 //!          | {"v":1,"t":RELATION,"x":XID,"k":[KEY,…],"c":{COLUMN:[SCALAR,…],…}}  and these values of further columns
+//!          | {"v":1,"t":RELATION,"x":XID,"i":SECRET,"h":[HASH,…]}                these rows, whose keys are secrets
 //!          | {"v":1,"t":RELATION,"x":XID,"all":true}                             the whole table
 //!          | {"v":1,"x":XID,"all":true}                                          every table
 //! fence    = {"v":1,"f":NONCE,"s":SNAPSHOT,"l":LSN}  only on the node's own channel
 //! KEY      = SCALAR | [SCALAR,SCALAR,…]           one key column | several, in key order
 //! SCALAR   = integer | string                     canonical text of every type but the integers
+//! HASH     = 32 hex digits                        of the text of a KEY, under the secret whose id is SECRET
 //! RELATION = schema.table, quoted where Postgres would quote it
 //! SNAPSHOT = pg_current_snapshot(), and LSN the position in the log, of the transaction that sent the fence
 //! XID      = the writer's pg_current_xact_id(); absent when no transaction's trigger sent it
@@ -27,7 +29,7 @@ use serde::{
 };
 use uuid::Uuid;
 
-use crate::{key::KeyPart, snapshot::Snapshot};
+use crate::{hashed::KeyHash, key::KeyPart, snapshot::Snapshot};
 
 /// The channel on which the triggers of every tracked table send.
 pub(crate) const CHANNEL: &str = "rowcache";
@@ -51,11 +53,21 @@ pub struct Change {
 
 /// The rows that a [`Change`] is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Rows {
     /// Every row: a TRUNCATE, a statement that changed too many, or a message that could not be read.
     All,
     /// The rows with these keys, before and after the change.
     Keys(Vec<RowKey>),
+    /// The rows whose keys have these hashes, before and after the change: of a table that was tracked with
+    /// [`hash_keys`](crate::install::TrackOptions::hash_keys).
+    #[non_exhaustive]
+    Hashed {
+        /// The id of the secret that made the hashes.
+        secret: String,
+        /// One for each key.
+        hashes: Vec<KeyHash>,
+    },
 }
 
 /// A key as a message carries it: one part per key column.
@@ -121,7 +133,7 @@ pub(crate) struct Mark {
 }
 
 /// The wire form of all messages. Unknown fields make a message unreadable: a later version may mean more.
-#[derive(Deserialize, Serialize)]
+#[derive(Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Wire<'a> {
     v: u64,
@@ -133,6 +145,10 @@ struct Wire<'a> {
     k: Option<Vec<RowKey>>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     c: BTreeMap<String, Vec<RowKey>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    i: Option<Cow<'a, str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    h: Option<Vec<KeyHash>>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     all: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -154,15 +170,18 @@ impl Message {
         if wire.v != VERSION {
             return Err(format!("version {} is not {VERSION}", wire.v));
         }
-        let rows = match (wire.f, wire.all, wire.k) {
-            (Some(nonce), false, None) if wire.t.is_none() => {
+        let rows = match (wire.f, wire.all, wire.k, wire.i.zip(wire.h)) {
+            (Some(nonce), false, None, None) if wire.t.is_none() => {
                 let (Some(snapshot), Some(lsn)) = (wire.s, wire.l) else {
                     return Err("a fence without its snapshot and position".into());
                 };
                 return Ok(Self::Fence(nonce, Mark { snapshot: snapshot.parse()?, lsn }));
             }
-            (None, true, None) => Rows::All,
-            (None, false, Some(keys)) if wire.t.is_some() => Rows::Keys(keys),
+            (None, true, None, None) => Rows::All,
+            (None, false, Some(keys), None) if wire.t.is_some() => Rows::Keys(keys),
+            (None, false, None, Some((secret, hashes))) if wire.t.is_some() => {
+                Rows::Hashed { secret: secret.into_owned(), hashes }
+            }
             _ => return Err("neither keys of a table, nor a whole table, nor a fence".into()),
         };
         let columns = wire
@@ -197,17 +216,27 @@ impl Change {
 
     /// The wire form. A change without keys of a table that it does not name is written as "every table".
     pub(crate) fn to_payload(&self) -> String {
-        let (k, all) = match &self.rows {
-            Rows::All => (None, true),
-            Rows::Keys(keys) => (Some(keys.clone()), false),
-        };
-        let c = self.columns.iter().map(|(column, values)| {
+        let mut wire = Wire { v: VERSION, t: self.table.as_deref().map(Cow::Borrowed), x: self.xid, ..Wire::default() };
+        match &self.rows {
+            Rows::All => wire.all = true,
+            Rows::Keys(keys) => wire.k = Some(keys.clone()),
+            Rows::Hashed { secret, hashes } => {
+                (wire.i, wire.h) = (Some(secret.as_str().into()), Some(hashes.clone()));
+            }
+        }
+        let columns = self.columns.iter().map(|(column, values)| {
             let values = values.iter().map(|part| RowKey::new(std::slice::from_ref(part)));
             (column.clone(), values.collect())
         });
-        let t = self.table.as_deref().map(Cow::Borrowed);
-        write(&Wire { v: VERSION, t, x: self.xid, k, c: c.collect(), all, f: None, s: None, l: None })
+        wire.c = columns.collect();
+        write(&wire)
     }
+}
+
+/// The text of a key as it stands in messages.
+pub(crate) fn key_text(parts: &[KeyPart<'_>]) -> String {
+    let text = if let [part] = parts { serde_json::to_string(part) } else { serde_json::to_string(parts) };
+    text.expect("strings, integers and lists of them can always be written")
 }
 
 fn write(wire: &Wire<'_>) -> String {
@@ -336,6 +365,17 @@ mod tests {
             ),
             (r#"{"v":1,"t":"a.b","x":1,"all":true}"#, change("a.b", Rows::All, 1)),
             (
+                r#"{"v":1,"t":"a.b","x":1,"i":"0011","h":["000102030405060708090a0b0c0d0eff"]}"#,
+                change(
+                    "a.b",
+                    Rows::Hashed {
+                        secret: "0011".into(),
+                        hashes: vec![KeyHash::from_hex("000102030405060708090a0b0c0d0eff").expect("a hash")],
+                    },
+                    1,
+                ),
+            ),
+            (
                 r#"{"v" : 1, "f" : "00000000-0000-0000-0000-000000000007", "s" : "10:20:10,12", "l" : 4711}"#,
                 Message::Fence(
                     Uuid::from_u128(7),
@@ -394,6 +434,11 @@ mod tests {
             r#"{"v":1,"t":"a.b","k":[[[1]]]}"#,
             r#"{"v":1,"t":"a.b","k":[18446744073709551615]}"#,
             r#"{"v":1,"t":"a.b","k":7}"#,
+            r#"{"v":1,"t":"a.b","h":["000102030405060708090a0b0c0d0eff"]}"#,
+            r#"{"v":1,"t":"a.b","i":"0011","h":["0001"]}"#,
+            r#"{"v":1,"t":"a.b","i":"0011","h":["000102030405060708090a0b0c0d0e+f"]}"#,
+            r#"{"v":1,"t":"a.b","i":"0011","h":[7]}"#,
+            r#"{"v":1,"t":"a.b","i":"0011","h":["000102030405060708090a0b0c0d0eff"],"k":[1]}"#,
             r#"{"v":1,"t":"a.b","k":[1],"c":{"x":[[1]]}}"#,
             r#"{"v":1,"t":"a.b","f":"00000000-0000-0000-0000-000000000007","s":"1:1:","l":1}"#,
         ] {

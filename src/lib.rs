@@ -71,6 +71,7 @@
 //! | `tables`, `inbox` | core: who must forget what; what is still to be applied |
 //! | `relay` | core: of two lines, which one is heard, and when one can take over from the other |
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
+//! | `hashed` | core: keys that messages do not show |
 //! | `change`, `key` | core: messages and keys |
 //! | `status`, `stats`, `error` | what users are told |
 //!
@@ -92,6 +93,7 @@ mod error;
 mod fill;
 mod freshness;
 mod gate;
+mod hashed;
 mod horizon;
 mod inbox;
 mod keeper;
@@ -122,6 +124,7 @@ pub use coherence::Reason;
 pub use config::{Config, TableOptions};
 pub use error::{Error, Result};
 pub use freshness::{Fallback, Freshness};
+pub use hashed::KeyHash;
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
 pub use postgres::{install, migrate};

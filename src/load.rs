@@ -31,5 +31,8 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
             }
             Err(error) => runner.fail(&error),
         }
+        if let Some(sweep) = runner.sweep() {
+            tokio::task::spawn_blocking(sweep);
+        }
     }
 }

@@ -7,6 +7,7 @@ use tokio::{sync::oneshot, time::timeout};
 use crate::{
     config::{Config, TableOptions},
     error::{Error, Kind, Result},
+    hashed::Hashed,
     keeper,
     key::Key,
     postgres::catalog,
@@ -87,6 +88,8 @@ impl Node {
     ///
     /// * [`is_not_tracked`](Error::is_not_tracked): the table's triggers are missing or damaged;
     /// * [`is_table`](Error::is_table): there is no such table, it has no primary key, or `K` does not fit it;
+    /// * [`is_refused`](Error::is_refused): its keys are sent as hashes, and the pool's role may not read the secret that makes
+    ///   them (`rowcache.key_secret()`);
     /// * those of a statement, as of [`Table::get`].
     ///
     /// # Cancel safety
@@ -113,7 +116,7 @@ impl Node {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
-            let store = Arc::new(Store::<K, V>::new(options.capacity, limits));
+            let store = Arc::new(Store::<K, V>::new(options.capacity, limits, tracked.secret.clone().map(Hashed::new)));
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             store
         });

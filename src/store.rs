@@ -9,7 +9,7 @@
 //! Only [`Runner::finish`] adds entries; only an invalidation, the gate, or lack of space takes them away.
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
-//! **Lock order**: a key's stripe, then `quick_cache`'s shard. The queue's lock is held with no other. No code of
+//! **Lock order**: a key's stripe, then `quick_cache`'s shard or the index of hashes (`hashed.rs`). The queue's lock is held with no other. No code of
 //! the user runs under any of them, with two exceptions: the key's `Hash`, `Eq` and `Clone`; and the `Drop` of values that
 //! `quick_cache` evicts more than two of at a time, so that it must not call into its own table. Elsewhere values are
 //! dropped after the locks are released.
@@ -42,6 +42,7 @@ use crate::{
     error::{Error, Kind, Result},
     fill::{Flight, Join, Verdict},
     gate::{Before, Gate, Word},
+    hashed::{Hashed, KeyHash},
     key::{Key, KeyPart},
     source::Stamp,
     stats::Counters,
@@ -156,6 +157,8 @@ pub(crate) struct Store<K, V> {
     /// Protects, for its share of the keys: which loads run, who waits for them, and publishing.
     stripes: Box<[Stripe<K, V>]>,
     hasher: DefaultHashBuilder,
+    /// Where messages have hashes in place of keys: what is needed to read them.
+    pub(crate) hashed: Option<Hashed<K>>,
     /// Protects the keys that wait for a runner, and the number of runners.
     queue: Mutex<Queue<K>>,
     limits: Limits,
@@ -186,7 +189,7 @@ const STRIPES: usize = 64;
 const STRIPES: usize = 1;
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
-    pub(crate) fn new(capacity: usize, limits: Limits) -> Self {
+    pub(crate) fn new(capacity: usize, limits: Limits, hashed: Option<Hashed<K>>) -> Self {
         let hasher = DefaultHashBuilder::default();
         let stripe = || CachePadded::new(Mutex::new(HashMap::with_hasher(hasher.clone())));
         Self {
@@ -195,6 +198,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             counters: Counters::default(),
             stripes: (0..STRIPES).map(|_| stripe()).collect(),
             hasher,
+            hashed,
             queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
             limits,
             reclaims: AtomicU64::new(0),
@@ -275,6 +279,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Also returns whether the caller joined others; `None`: the entry is held.
     fn ask_uncounted(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> (Asked<V>, Option<bool>) {
         let (caller, answer) = oneshot::channel();
+        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
         let mut flights = self.flights(key);
         let joined = if let Some(flight) = flights.get_mut(key) {
             flight.ask(caller, self.gate.word(), join)
@@ -283,6 +288,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             // loads of one key could follow one invalidation.
             if let Some(entry) = self.peek_used(key) {
                 return (Asked::Hit(entry), None);
+            }
+            if let Some((hashed, hash)) = hash {
+                // Before the flight: a load that starts without would be overtaken unseen.
+                hashed.note(hash, key);
             }
             flights.insert(key.clone(), Flight::new(caller));
             wanted.push(key.clone());
@@ -397,6 +406,10 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         true
     }
 
+    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash]) -> bool {
+        self.invalidate_by_hash(secret, hashes)
+    }
+
     fn show(&self, word: Word, before: Before) {
         if self.gate.word().is_coherent() {
             self.counters.clears.add(1);
@@ -440,6 +453,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         for key in dead {
             drop(self.entries.remove_if(&key, is_dead));
         }
+        self.sweep();
     }
 }
 
@@ -526,6 +540,8 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
         }
     }
 }
+
+mod sweep;
 
 #[cfg(test)]
 #[cfg(not(shuttle))]

@@ -1,7 +1,7 @@
 //! The store step by step, one thread at a time. What threads do to each other is in `store_shuttle.rs`.
 
 use super::*;
-use crate::gate::Words;
+use crate::{change::Rows, gate::Words, hashed::Secret};
 
 const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true };
 
@@ -14,7 +14,7 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
-    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }));
+    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }, None));
     let mut fixture = Fixture { store, words: Words::default() };
     fixture.turn(true);
     fixture
@@ -40,6 +40,15 @@ impl Fixture {
     fn held(&self, key: i64) -> Option<Option<&'static str>> {
         self.store.peek(&key).map(|entry| entry.value)
     }
+}
+
+/// As [`fixture`], and messages have hashes.
+fn hashed_fixture(capacity: usize) -> Fixture {
+    let limits = Limits { runners_max: 1, batch_max: 10_000 };
+    let store = Arc::new(Store::new(capacity, limits, Some(Hashed::new(Secret::new(b"secret")))));
+    let mut fixture = Fixture { store, words: Words::default() };
+    fixture.turn(true);
+    fixture
 }
 
 fn value(wait: &mut Wait) -> Option<&'static str> {
@@ -304,4 +313,56 @@ fn a_storm_of_clears_is_reclaimed_by_one() {
     assert!((0..1000).all(|_| !fixture.store.wants_reclaim()), "one is on its way");
     fixture.store.reclaim();
     assert!(fixture.store.wants_reclaim(), "it has ended");
+}
+
+#[test]
+fn a_hash_reaches_the_load_and_the_entry_of_its_key_and_no_other() {
+    let fixture = hashed_fixture(100);
+    let hashed = fixture.store.hashed.as_ref().expect("hashes");
+    let forget = |key: i64| match hashed.rows(&key) {
+        Rows::Hashed { secret, hashes } => fixture.store.invalidate_hashed(&secret, &hashes),
+        other => panic!("{other:?}"),
+    };
+    let (mut before, mut runners) = fixture.ask(&[1, 2]);
+    let runner = &mut runners[0];
+    runner.take();
+    assert!(forget(1) && forget(3), "understood, known or not");
+    runner.finish([Ok(Some("old")), Ok(Some("bob"))], OURS);
+    assert_eq!(value(&mut before[0]), Some("old"));
+    assert_eq!((fixture.held(1), fixture.held(2)), (None, Some(Some("bob"))));
+    assert!(forget(2));
+    assert_eq!(fixture.held(2), None);
+    assert!(!fixture.store.invalidate_hashed("another", &[hashed.hash(&1)]), "made by another secret");
+}
+
+#[test]
+fn a_sweep_leaves_what_is_held_or_under_way() {
+    let fixture = hashed_fixture(100);
+    let hashed = fixture.store.hashed.as_ref().expect("hashes");
+    let load = |keys: &[i64]| {
+        let (_waits, mut runners) = fixture.ask(keys);
+        runners[0].take();
+        runners[0].finish(keys.iter().map(|_| Ok(Some("row"))), OURS);
+        runners.pop().expect("one")
+    };
+    let few = load(&(0..100).collect::<Vec<_>>());
+    assert!(few.sweep().is_none(), "too few to bother");
+    drop(few);
+    let runner = load(&(100..5000).collect::<Vec<_>>());
+    assert_eq!(hashed.len(), 5000);
+    runner.sweep().expect("due")();
+    assert!(runner.sweep().is_none(), "done");
+    drop(runner);
+    let held: Vec<i64> = (0..5000).filter(|key| fixture.held(*key).is_some()).collect();
+    assert!(!held.is_empty() && held.len() <= 110, "{}", held.len());
+    assert_eq!(hashed.len(), held.len());
+    assert!(held.iter().all(|key| hashed.find(&hashed.hash(key)) == Some(*key)));
+
+    let (_wait, mut runners) = fixture.ask(&[7000, 7001]);
+    runners[0].take();
+    for key in &held {
+        fixture.store.invalidate(key);
+    }
+    fixture.store.sweep();
+    assert_eq!(hashed.len(), 2, "loads under way");
 }

@@ -173,7 +173,12 @@ impl<K: Key, V: FromRow> Table<K, V> {
         let change = Change::requested(&self.name, rows);
         let shared = &self.handle.shared;
         Shared::reclaim(shared.tables.apply(&change));
-        shared.broadcast(&change).await
+        let told = match &self.store.hashed {
+            // The key is a secret.
+            Some(hashed) => Change::requested(&self.name, hashed.rows(key)),
+            None => change,
+        };
+        shared.broadcast(&told).await
     }
 
     /// Forgets all rows of the table: on this node before the first await, on all nodes by notification.
@@ -231,7 +236,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
         match asked {
             Asked::Hit(entry) => Ok(Answer { entry, read: None }),
             Asked::Wait(answer) => answer.await.unwrap_or_else(|_| {
-                let key = key::display(&key.to_parts());
+                let key = if self.store.hashed.is_some() { "…".into() } else { key::display(&key.to_parts()) };
                 Err(Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name)))
             }),
         }

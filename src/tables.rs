@@ -6,6 +6,7 @@ use crate::{
     change::{Change, RowKey, Rows},
     coherence::Boot,
     gate::{Before, Word, Words},
+    hashed::KeyHash,
     sync::{Arc, Mutex, lock},
 };
 
@@ -13,6 +14,9 @@ use crate::{
 pub(crate) trait Member: Send + Sync {
     /// Forgets these rows. `false` when a key is not of the cache's key type: then all must be forgotten.
     fn invalidate(&self, keys: &[RowKey]) -> bool;
+
+    /// Forgets the rows whose keys have these hashes. `false` when they are not under the secret that the cache has.
+    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash]) -> bool;
 
     /// Moves the gate: forgets everything, at once.
     fn show(&self, word: Word, before: Before);
@@ -29,7 +33,7 @@ pub(crate) trait Member: Send + Sync {
 pub(crate) struct Trust {
     /// Changes with everything that could let a write pass unseen.
     pub(crate) fingerprint: String,
-    /// The columns of its key, with their types. The caches of a table were made for one key.
+    /// The columns of its key, with their types, and how messages show it. The caches of a table were made for one key.
     pub(crate) key: String,
 }
 
@@ -91,15 +95,18 @@ impl Tables {
     /// Applies a change that was received: when this returns, no entry that it touched can be served. Returns
     /// the caches that were cleared, whose memory can be reclaimed.
     pub(crate) fn apply(&self, change: &Change) -> Vec<Arc<dyn Member>> {
-        let (Some(name), Rows::Keys(keys)) = (&change.table, &change.rows) else {
-            return lock(&self.0).clear(change.table.as_deref());
+        let forget: &dyn Fn(&dyn Member) -> bool = match &change.rows {
+            Rows::All => return lock(&self.0).clear(change.table.as_deref()),
+            Rows::Keys(keys) => &|member| member.invalidate(keys),
+            Rows::Hashed { secret, hashes } => &|member| member.invalidate_hashed(secret, hashes),
         };
+        let Some(name) = &change.table else { return lock(&self.0).clear(None) };
         let members = match lock(&self.0).by_name.get(name) {
             Some(table) => table.members.clone(),
             None => return Vec::new(),
         };
         // If one does not understand, all of them are cleared.
-        let understood = members.iter().all(|member| member.invalidate(keys));
+        let understood = members.iter().all(|member| forget(&**member));
         if understood { Vec::new() } else { lock(&self.0).clear(Some(name)) }
     }
 

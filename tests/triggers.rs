@@ -1,7 +1,7 @@
 //! The database side on real Postgres: which writes are told, in what form, and how a write that was not told is noticed.
 //!
 //! A test says what a statement tells as a list of words, sorted: `7` is key 7 of `public.t`, `*` all of it, `email="x"` a
-//! further column; of another table the words start with its name and a colon; `_` stands for a space. Nothing more than the list may arrive: a
+//! further column, `#0f…` a hashed key; of another table the words start with its name and a colon; `_` stands for a space. Nothing more than the list may arrive: a
 //! marker sent afterwards comes next (commits are delivered in order).
 
 #![cfg(feature = "cli")]
@@ -13,6 +13,8 @@ mod support;
 mod fingerprint;
 #[path = "triggers/fires.rs"]
 mod fires;
+#[path = "triggers/hashed.rs"]
+mod hashed;
 #[path = "triggers/message.rs"]
 mod message;
 #[path = "triggers/migrate.rs"]
@@ -149,6 +151,12 @@ fn words_of(message: &str) -> Vec<String> {
     if fields.contains("all") {
         assert!(fields == BTreeSet::from(["v", "t", "x", "all"]) && value["all"] == true, "{message}");
         return vec![format!("{prefix}*")];
+    }
+    if fields.contains("h") {
+        assert_eq!(fields, BTreeSet::from(["v", "t", "x", "i", "h"]), "{message}");
+        assert_eq!(value["i"].as_str().map(str::len), Some(16), "{message}");
+        let hashes = value["h"].as_array().expect(message);
+        return hashes.iter().map(|hash| format!("{prefix}#{}", hash.as_str().expect(message))).collect();
     }
     let keys = value["k"].as_array().expect(message);
     let mut words: Vec<_> = keys.iter().map(|key| format!("{prefix}{key}")).collect();

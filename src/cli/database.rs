@@ -89,7 +89,10 @@ pub(crate) async fn track(url: &str, tables: &[String], options: &TrackOptions) 
         let name = install::track(&pool, table, options).await?;
         let tracked = install::tracked(&pool).await?;
         let how = tracked.iter().find(|tracked| tracked.relation == name);
-        let how = how.map_or_else(String::new, |it| format!(" by ({}), {} triggers", it.key.join(", "), it.level));
+        let how = how.map_or_else(String::new, |it| {
+            let hashed = if it.hash_keys { ", keys sent as hashes" } else { "" };
+            format!(" by ({}), {} triggers{hashed}", it.key.join(", "), it.level)
+        });
         writeln!(stdout(), "tracking {name}{how}")?;
     }
     Ok(())
@@ -128,7 +131,7 @@ pub(crate) async fn tracked(url: &str, json: bool) -> Result<()> {
         };
         rows.push(vec![
             table.relation.clone(),
-            list(&table.key),
+            list(&table.key) + if table.hash_keys { " (hashed)" } else { "" },
             list(&table.columns),
             list(&table.ignore),
             table.max_keys.to_string(),
@@ -174,6 +177,7 @@ fn as_json(table: &Tracked) -> serde_json::Value {
         "ignored": table.ignore,
         "max_keys": table.max_keys,
         "level": table.level,
+        "hash_keys": table.hash_keys,
         "problems": table.problems,
     })
 }

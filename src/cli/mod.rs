@@ -55,7 +55,7 @@ enum Command {
     /// Puts triggers on tables, so that every change of a row reaches all nodes. Again with other options: replaces them.
     #[command(
         after_help = "Examples:\n  rowcache track public.users\n  rowcache track public.members --key org_id,user_id\n  \
-                      rowcache track public.sessions --ignore last_seen_at"
+                      rowcache track public.sessions --hash-keys --ignore last_seen_at"
     )]
     Track(Track),
     /// Takes the triggers off tables.
@@ -147,6 +147,10 @@ struct Track {
     /// Which triggers: `auto` takes statement triggers where they see every write.
     #[arg(long, value_enum, default_value_t = LevelArg::Auto)]
     level: LevelArg,
+    /// Send keyed hashes in place of keys: for keys that are secrets. Services need the right to execute
+    /// `rowcache.key_secret()`.
+    #[arg(long, conflicts_with = "columns")]
+    hash_keys: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -168,6 +172,7 @@ impl Track {
                 LevelArg::Statement => Level::Statement,
                 LevelArg::Row => Level::Row,
             },
+            hash_keys: self.hash_keys,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{RowKey, Rows};
+use crate::{KeyHash, RowKey, Rows};
 
 /// Columns as wide as their widest cell, two spaces apart. The first row is the head.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
@@ -23,15 +23,24 @@ pub(crate) fn rows(rows: &Rows, width: usize) -> String {
     match rows {
         Rows::All => "all".to_owned(),
         Rows::Keys(keys) => self::keys(keys, keys.len(), width),
+        Rows::Hashed { hashes, .. } => self::hashes(hashes, hashes.len(), width),
     }
+}
+
+/// The hashes at hand out of `count`, each by its first digits: enough to see that two are the same.
+pub(crate) fn hashes(hashes: &[KeyHash], count: usize, width: usize) -> String {
+    list(hashes.iter().map(|hash| format!("#{:.8}", hash.to_string())), count, width)
 }
 
 /// The keys at hand out of `count`.
 pub(crate) fn keys(keys: &[RowKey], count: usize, width: usize) -> String {
+    list(keys.iter().map(ToString::to_string), count, width)
+}
+
+fn list(keys: impl Iterator<Item = String>, count: usize, width: usize) -> String {
     let mut text = String::new();
-    for (n, key) in keys.iter().enumerate() {
+    for (n, key) in keys.enumerate() {
         let separator = if n == 0 { "" } else { ", " };
-        let key = key.to_string();
         let rest = if n + 1 < count { format!(" … ({count} keys)").chars().count() } else { 0 };
         let used = text.chars().count() + separator.len() + key.chars().count();
         if n > 0 && used + rest > width {

@@ -181,9 +181,10 @@ fn as_json(at: SystemTime, event: &Event, latency: Option<Duration>) -> serde_js
     let at = utc(at);
     match event {
         Event::Change(change) => {
-            let (all, keys) = match &change.rows {
-                Rows::All => (true, None),
-                Rows::Keys(keys) => (false, Some(keys)),
+            let (all, keys, hashes) = match &change.rows {
+                Rows::All => (true, None, None),
+                Rows::Keys(keys) => (false, Some(keys), None),
+                Rows::Hashed { hashes, .. } => (false, None, Some(hashes)),
             };
             json!({
                 "event": "change",
@@ -191,6 +192,7 @@ fn as_json(at: SystemTime, event: &Event, latency: Option<Duration>) -> serde_js
                 "table": change.table,
                 "all": all,
                 "keys": keys,
+                "hashes": hashes,
                 "columns": change.columns,
                 "xid": change.xid,
                 "latency_ms": latency.map(|latency| latency.as_secs_f64() * 1000.0),

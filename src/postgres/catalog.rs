@@ -4,8 +4,9 @@ use sqlx::{FromRow, PgPool};
 
 use crate::{
     error::{Error, Kind, Result},
+    hashed::Secret,
     key::{Key, KeyType},
-    postgres::{database_error, schema_hint},
+    postgres::{database_error, has_code, schema_hint},
     tables::Trust,
 };
 
@@ -21,12 +22,14 @@ pub(crate) struct Description {
     pub(crate) tracked: bool,
     pub(crate) problems: Vec<String>,
     pub(crate) fingerprint: Option<String>,
+    /// The id of the secret with which messages hash its keys; `None`: they show them.
+    pub(crate) secret: Option<String>,
 }
 
 /// The columns asked for, in the order of [`Description`].
 pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, coalesce(key_columns, '{}') as key_columns, \
-     coalesce(key_types, '{}') as key_types, tracked, coalesce(problems, '{}') as problems, fingerprint \
-     from rowcache.describe($1)";
+     coalesce(key_types, '{}') as key_types, tracked, coalesce(problems, '{}') as problems, fingerprint, \
+     secret from rowcache.describe($1)";
 
 /// A table that can be cached under keys of a certain type.
 #[derive(Clone, Debug)]
@@ -34,6 +37,8 @@ pub(crate) struct TrackedTable {
     pub(crate) name: String,
     pub(crate) key_columns: Vec<String>,
     pub(crate) trust: Trust,
+    /// With which messages hash its keys.
+    pub(crate) secret: Option<Secret>,
 }
 
 /// Looks up a table in the catalogue, and whether it can be cached under `K`.
@@ -42,13 +47,49 @@ pub(crate) async fn open<K: Key>(pool: &PgPool, name: &str) -> Result<TrackedTab
         sqlx::query_as(DESCRIBE).bind(name).fetch_one(pool).await.map_err(|error| {
             schema_hint(&error).unwrap_or_else(|| database_error(&format!("looking up {name}"), error))
         })?;
-    description.check::<K>(name)
+    let id = description.secret.clone();
+    let mut table = description.check::<K>(name)?;
+    if let Some(id) = id {
+        table.secret = Some(key_secret(pool, &table.name, &id).await?);
+    }
+    Ok(table)
 }
+
+/// Reads the secret that hashes the keys of this table, and of all others of this database with hashed keys.
+async fn key_secret(pool: &PgPool, table: &str, id: &str) -> Result<Secret> {
+    let secret: Vec<u8> = match sqlx::query_scalar("select rowcache.key_secret()").fetch_one(pool).await {
+        Ok(secret) => secret,
+        Err(error) if has_code(&error, INSUFFICIENT_PRIVILEGE) => {
+            let role = sqlx::query_scalar("select quote_ident(current_user)").fetch_one(pool).await;
+            let role: String = role.unwrap_or_else(|_| "the pool's role".into());
+            let message = format!(
+                "the keys of {table} are sent as hashes, and {role} may not read the secret that makes them; run: grant \
+                 execute on function rowcache.key_secret() to {role}"
+            );
+            return Err(Error::with(Kind::Refused, message, error));
+        }
+        Err(error) => {
+            return Err(database_error(&format!("reading the secret that hashes the keys of {table}"), error));
+        }
+    };
+    let secret = Secret::new(&secret);
+    if secret.id() == id {
+        Ok(secret)
+    } else {
+        // It was replaced between two statements.
+        Err(Error::new(
+            Kind::NotTracked,
+            format!("the secret that hashes the keys of {table} has changed; track it again"),
+        ))
+    }
+}
+
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 impl Description {
     /// What the table looks like, if its triggers are whole; else what is wrong with them.
     pub(crate) fn whole(self) -> Result<Trust, String> {
-        let key = self.key();
+        let key = self.key_as_sent();
         match (self.fingerprint, self.tracked) {
             (None, _) => Err("the table is gone".into()),
             (Some(_), false) => Err("it is not tracked any more".into()),
@@ -92,11 +133,22 @@ impl Description {
             ));
         }
         check_key::<K>(&relation, &self)?;
-        let key = self.key();
+        let key = self.key_as_sent();
         let fingerprint = self
             .fingerprint
             .ok_or_else(|| Error::new(Kind::Table, format!("{relation} was dropped while it was being looked up")))?;
-        Ok(TrackedTable { name: relation, key_columns: self.key_columns, trust: Trust { fingerprint, key } })
+        Ok(TrackedTable {
+            name: relation,
+            key_columns: self.key_columns,
+            trust: Trust { fingerprint, key },
+            secret: None,
+        })
+    }
+
+    /// The key, and whether and how messages hide it.
+    fn key_as_sent(&self) -> String {
+        let hashed = self.secret.as_ref().map(|id| format!("; sent as hashes under secret {id}"));
+        self.key() + &hashed.unwrap_or_default()
     }
 
     /// The key as `id bigint, code text`.

@@ -21,11 +21,22 @@ pub struct TrackOptions {
     pub max_keys: u32,
     /// Which triggers.
     pub level: Level,
+    /// Messages carry keyed hashes in place of keys: for tables whose keys are secrets, such as session tokens, as anybody
+    /// who may connect can read messages. Not together with [`columns`](Self::columns). The owner of the table must be able
+    /// to read `rowcache.secret`, and the roles of services to execute `rowcache.key_secret()`.
+    pub hash_keys: bool,
 }
 
 impl Default for TrackOptions {
     fn default() -> Self {
-        Self { key: None, columns: Vec::new(), ignore: Vec::new(), max_keys: 10_000, level: Level::Auto }
+        Self {
+            key: None,
+            columns: Vec::new(),
+            ignore: Vec::new(),
+            max_keys: 10_000,
+            level: Level::Auto,
+            hash_keys: false,
+        }
     }
 }
 
@@ -66,6 +77,8 @@ pub struct Tracked {
     pub max_keys: i32,
     /// `statement` or `row`.
     pub level: String,
+    /// Whether its keys are sent as hashes.
+    pub hash_keys: bool,
     /// Why writes might go unseen, and the cure; empty if all is well.
     pub problems: Vec<String>,
 }
@@ -85,7 +98,7 @@ pub struct Tracked {
 /// It happens as a whole or not at all.
 pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOptions) -> Result<String> {
     sqlx::query_scalar(
-        "select rowcache.track($1::text::regclass, $2::text[]::name[], $3::text[]::name[], $4::text[]::name[], $5, $6)",
+        "select rowcache.track($1::text::regclass, $2::text[]::name[], $3::text[]::name[], $4::text[]::name[], $5, $6, $7)",
     )
     .bind(table)
     .bind(&options.key)
@@ -93,6 +106,7 @@ pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOp
     .bind(&options.ignore)
     .bind(i32::try_from(options.max_keys).unwrap_or(i32::MAX))
     .bind(options.level.as_str())
+    .bind(options.hash_keys)
     .fetch_one(executor)
     .await
     .map_err(|error| refusal(&format!("tracking {table}"), error))
@@ -125,7 +139,7 @@ pub async fn untrack(executor: impl PgExecutor<'_>, table: &str) -> Result<bool>
 /// Cancel safe.
 pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>> {
     let rows = sqlx::query(
-        "select relation, key_columns, columns, ignored, max_keys, level, problems from rowcache.tracked order by 1",
+        "select relation, key_columns, columns, ignored, max_keys, level, hash_keys, problems from rowcache.tracked order by 1",
     );
     let tracked = |row: PgRow| {
         Ok(Tracked {
@@ -135,7 +149,8 @@ pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>> {
             ignore: row.try_get(3)?,
             max_keys: row.try_get(4)?,
             level: row.try_get(5)?,
-            problems: row.try_get(6)?,
+            hash_keys: row.try_get(6)?,
+            problems: row.try_get(7)?,
         })
     };
     let failed = |error| refusal("listing the tracked tables", error);

@@ -285,6 +285,7 @@ impl Line {
             tracked: row.get("tracked"),
             problems: row.get("problems"),
             fingerprint: row.get("fingerprint"),
+            secret: row.get("secret"),
         })
     }
 }

@@ -33,6 +33,8 @@ pub(crate) struct Rows<K, V> {
     one: String,
     many: String,
     key_types: Vec<KeyType>,
+    /// Its keys are secrets: errors, which are logged, do not show them.
+    hides_keys: bool,
     timeout: Duration,
     /// Whether rows with this stamp come from the server that the node listens to, as far as it knows.
     ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
@@ -79,6 +81,7 @@ impl<K: Key, V> Rows<K, V> {
             one,
             many,
             key_types: K::types(),
+            hides_keys: table.secret.is_some(),
             timeout,
             ours: Box::new(ours),
             types: PhantomData,
@@ -237,13 +240,10 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         let mut found = HashMap::with_capacity(rows.len());
         for row in rows {
             let Some(key) = self.key_of(row)? else { continue };
-            let value = decode(row).map_err(|error| {
-                let key = key::display(&key.to_parts());
-                Error::with(Kind::Decode, format!("{} {key} could not be decoded", self.table), error)
-            });
+            let value = decode(row)
+                .map_err(|error| Error::with(Kind::Decode, format!("{} could not be decoded", self.row(&key)), error));
             if let Some(_other) = found.insert(key.clone(), value) {
-                let key_text = key::display(&key.to_parts());
-                let message = format!("more than one row of {} has the key {key_text}", self.table);
+                let message = format!("more than one row has the key of {}", self.row(&key));
                 found.insert(key, Err(Error::new(Kind::Table, message)));
             }
         }
@@ -285,9 +285,16 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     /// What is being loaded, for messages.
     fn of(&self, keys: &[K]) -> String {
         match keys {
-            [key] => format!("{} {}", self.table, key::display(&key.to_parts())),
+            [key] => self.row(key),
             keys => format!("{} rows of {}", keys.len(), self.table),
         }
+    }
+
+    fn row(&self, key: &K) -> String {
+        if self.hides_keys {
+            return format!("a row of {}", self.table);
+        }
+        format!("{} {}", self.table, key::display(&key.to_parts()))
     }
 }
 

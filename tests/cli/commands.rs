@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::{
-    program::{Ended, end, psql, rowcache, run},
+    program::{Ended, Running, end, psql, rowcache, rowcache_on, run},
     support::{database, server, server_options},
 };
 
@@ -161,6 +161,39 @@ pg_test! {
         assert_eq!(run(&db.url, &["untrack", "users", "public.members"]).await.ok(),
             "users is no longer tracked\npublic.members is no longer tracked\n");
         assert_eq!(run(&db.url, &["untrack", "users"]).await.ok(), "users was not tracked\n");
+    }
+
+    async fn hashed_keys(test: Test) {
+        let db = database(test.version).await;
+        psql(&db, &["create table sessions (token text primary key, v int)"]).await;
+        run(&db.url, &["migrate", "up"]).await.ok();
+        let refused = run(&db.url, &["track", "sessions", "--hash-keys", "--columns", "v"]).await;
+        assert!(refused.code == Some(2) && refused.err.contains("cannot be used with"), "{refused:?}");
+        let tracking = run(&db.url, &["track", "sessions", "--hash-keys"]).await.ok();
+        assert_eq!(tracking, "tracking public.sessions by (token), statement triggers, keys sent as hashes\n");
+        assert!(run(&db.url, &["tracked"]).await.ok().contains("token (hashed)"));
+        let tables: Value = serde_json::from_str(&run(&db.url, &["tracked", "--json"]).await.ok()).unwrap();
+        assert_eq!((&tables[0]["hash_keys"], &tables[0]["problems"]), (&true.into(), &serde_json::json!([])));
+
+        let mut watch = Running::start(rowcache_on(&db.url, &["watch"]));
+        watch.line_with(&["watching public.sessions"]).await;
+        psql(&db, &["insert into sessions values ('hunter2', 1)"]).await;
+        let line = watch.line_with(&["public.sessions", "  #"]).await;
+        let hash = line.split('#').nth(1).and_then(|rest| rest.split(' ').next()).expect(&line);
+        assert!(hash.len() == 8 && hash.bytes().all(|digit| digit.is_ascii_hexdigit()), "{line}");
+        let ended = watch.interrupt().await;
+        assert!(ended.code == Some(0) && !ended.out.contains("hunter2"), "{ended:?}");
+
+        let mut watch = Running::start(rowcache_on(&db.url, &["watch", "--json"]));
+        watch.line_with(&["watching"]).await;
+        psql(&db, &["delete from sessions"]).await;
+        let change: Value = serde_json::from_str(&watch.line_with(&["change"]).await).unwrap();
+        assert!(change["keys"].is_null() && change["all"] == false, "{change}");
+        assert!(change["hashes"][0].as_str().is_some_and(|it| it.len() == 32 && it.starts_with(hash)), "{change}");
+        assert_eq!(watch.interrupt().await.code, Some(0));
+
+        let tracking = run(&db.url, &["track", "sessions"]).await.ok();
+        assert_eq!(tracking, "tracking public.sessions by (token), statement triggers\n");
     }
 
     async fn a_database_that_is_shutting_down_is_an_error(test: Test) {

@@ -336,6 +336,7 @@ pg_test! {
             ignore: vec!["w".into()],
             max_keys: 12,
             level: Level::Row,
+            ..TrackOptions::default()
         };
         assert_eq!(install::track(&pool, "public.t", &options).await.expect("track"), "public.t");
         let tracked = install::tracked(&pool).await.expect("tracked");

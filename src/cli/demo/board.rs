@@ -88,7 +88,7 @@ impl Commit {
 
     fn add(&mut self, change: &Change, rows: i64) {
         match &change.rows {
-            Rows::All => (self.all, self.yours) = (true, true),
+            Rows::All | Rows::Hashed { .. } => (self.all, self.yours) = (true, true),
             Rows::Keys(keys) => {
                 self.count += keys.len();
                 let room = KEYS_MAX.saturating_sub(self.keys.len());

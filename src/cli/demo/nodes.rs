@@ -88,7 +88,7 @@ impl DemoNode {
         }
         let mut applied = self.applied();
         match &change.rows {
-            Rows::All => applied.clear(),
+            Rows::All | Rows::Hashed { .. } => applied.clear(),
             Rows::Keys(keys) => {
                 // Without a transaction somebody asked for it, and no row need have changed.
                 let Some(xid) = change.xid else { return };

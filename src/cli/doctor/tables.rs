@@ -38,7 +38,7 @@ struct Tracked {
 /// The class is looked up by name, not by `to_regclass`: that fails on a schema that the role may not use. Whether keys are
 /// sent as hashes is a column of the view in schemas that can do that.
 const TRACKED: &str = "select t.relation as name, \
-     coalesce((to_jsonb(t) ->> 'hash_keys')::boolean, (to_jsonb(t) ->> 'hashed')::boolean, false) as hashed, \
+     coalesce((to_jsonb(t) ->> 'hash_keys')::boolean, false) as hashed, \
      t.key_columns, t.columns, t.ignored, t.max_keys, t.level, t.problems, c.relpersistence as persistence, c.relrowsecurity as row_security, \
      coalesce((select string_agg(quote_ident(k), ', ') from unnest(t.key_columns) k), '') as key, \
      exists ( \
