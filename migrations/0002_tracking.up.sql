@@ -15,7 +15,7 @@
 -- A message, less than 8000 bytes of JSON:
 --   {"v":1,"t":"public.users","x":751,"k":[1,2]}                              rows by key, old and new
 --   {"v":1,"t":"public.orders","x":751,"k":[["eu",7]],"c":{"user_id":[1,2]}}  key of two columns; a further column
---   {"v":1,"t":"public.sessions","x":751,"i":"0f…","h":["5a…"]}               hashes of keys, and which secret made them
+--   {"v":1,"t":"public.sessions","x":751,"i":"0f...","h":["5a..."]}               hashes of keys, and which secret made them
 --   {"v":1,"t":"public.users","x":751,"all":true}                             the whole table
 --
 -- Locks: none on tables of yours (track() does: see there). May be run again.

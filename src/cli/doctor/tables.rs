@@ -11,13 +11,13 @@ use super::{
 };
 
 /// A column that goes out in messages.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Sent {
     name: String,
     of: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Tracked {
     name: String,
     hashed: bool,
@@ -136,11 +136,20 @@ impl Tracked {
         if self.level == "row" {
             command += " --level row";
         }
+        if self.hashed {
+            command += " --hash-keys";
+        }
         command
     }
 
     fn track_command_in_full(&self) -> String {
         format!("{} --max-keys {}", self.track_command(), self.max_keys)
+    }
+
+    /// Tracks it again without sending this column in clear. Further columns and hashes of keys exclude each other.
+    fn track_command_without(&self, column: &str) -> String {
+        let hashed = self.key_columns.iter().any(|key| key == column);
+        Self { columns: Vec::new(), hashed, ..self.clone() }.track_command_in_full()
     }
 }
 
@@ -226,7 +235,7 @@ fn unwise(table: &Tracked, report: &mut Report) {
             )
             .about(name)
             .why("every role that may connect may LISTEN, and read it")
-            .cure(format!("{} --hash-keys", table.track_command_in_full())),
+            .cure(table.track_command_without(column)),
         );
     }
 }
@@ -247,5 +256,9 @@ mod tests {
             table.track_command_in_full(),
             r#"rowcache track 'public."Users"' --key 'org,it'\''s' --columns a --ignore b,c --level row --max-keys 7"#
         );
+        let rest = "--ignore b,c --level row";
+        let without = r#"rowcache track 'public."Users"' --key 'org,it'\''s' "#;
+        assert_eq!(table.track_command_without("a"), format!("{without}{rest} --max-keys 7"));
+        assert_eq!(table.track_command_without("org"), format!("{without}{rest} --hash-keys --max-keys 7"));
     }
 }
