@@ -7,12 +7,25 @@ create or replace function rowcache.fingerprints(names text[]) returns table (na
   language plpgsql stable
   set search_path = pg_catalog, pg_temp
 as $$
+declare
+  one text;
+  shown text[] := '{}';
+  found_oids oid[] := '{}';
 begin
+  foreach one in array array(select distinct u.name from unnest(names) as u(name)) loop
+    shown := shown || one;
+    begin
+      found_oids := found_oids || to_regclass(one)::oid;
+    exception when insufficient_privilege then
+      -- In a schema that the caller may not look into any more. That is the doubt of one table, not of all.
+      found_oids := found_oids || null::oid;
+    end;
+  end loop;
   -- The row versions of everything that decides whether a write is seen: disabling a trigger, writing and enabling it
   -- again leaves a new one. Statistics, vacuum and indexes are written in place, or elsewhere.
   return query
     with recursive tree(name, member) as (
-      select n.name, to_regclass(n.name)::oid from (select distinct u.name from unnest(names) as u(name)) n
+      select n.name, n.member from unnest(shown, found_oids) as n(name, member)
       union
       select t.name, i.inhrelid from tree t join pg_inherits i on i.inhparent = t.member
     )

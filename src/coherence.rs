@@ -205,7 +205,8 @@ impl Coherence {
         let Some(last) = self.last_sent_at else {
             return Some(Boot::ZERO);
         };
-        let pause = if self.wanted > self.started { self.timing.spacing } else { self.timing.beat };
+        let pause =
+            if self.wanted > self.started { self.timing.spacing.min(self.timing.beat) } else { self.timing.beat };
         Some(last + pause)
     }
 

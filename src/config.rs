@@ -137,7 +137,7 @@ impl Config {
     /// ```
     #[must_use]
     pub fn staleness_bound(&self) -> Duration {
-        self.lease + TICK
+        self.lease.saturating_add(TICK)
     }
 
     pub(crate) fn timing(&self) -> Timing {
@@ -160,6 +160,13 @@ impl Config {
         }
         if self.events_max == 0 {
             return wrong("`events_max` must be at least 1");
+        }
+        if self.loads_max > COUNT_MAX || self.events_max > COUNT_MAX {
+            return wrong("`loads_max` and `events_max` must be at most a million");
+        }
+        if [self.beat, self.beat_timeout, self.lease, self.fence_spacing, self.load_timeout].iter().any(|it| *it > YEAR)
+        {
+            return wrong("`beat`, `beat_timeout`, `lease`, `fence_spacing` and `load_timeout` must be at most a year");
         }
         Ok(())
     }
@@ -194,6 +201,9 @@ impl fmt::Debug for Config {
 
 /// How often the clock thread looks at the lease. Entries may be served for this much longer than the lease.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
+
+const COUNT_MAX: usize = 1_000_000;
+const YEAR: Duration = Duration::from_hours(365 * 24);
 
 const LOADS_MAX: u32 = 4;
 

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Kind, Result},
     fill::Join,
     key::Key,
-    shared::{Reached, Shared},
+    shared::Shared,
     store::{Answer, Asked, Cached},
     table::{FromRow, Table},
     token::{Token, incarnation_id},
@@ -125,8 +125,10 @@ impl<K: Key, V: FromRow> Table<K, V> {
     pub async fn get_many_with(&self, keys: &[K], freshness: Freshness) -> Result<Vec<Option<Cached<V>>>> {
         let terms = self.terms(freshness).await?;
         let mut wanted = Vec::new();
-        let asked: Vec<_> = keys.iter().map(|key| self.ask(key, terms, &mut wanted)).collect();
+        let asked: Result<Vec<_>> = keys.iter().map(|key| self.ask(key, terms, &mut wanted)).collect();
+        // Also if one of them was refused: what is wanted is queued already.
         self.start_loads(wanted);
+        let asked = asked?;
         let mut rows = Vec::with_capacity(keys.len());
         for (key, asked) in keys.iter().zip(asked) {
             rows.push(self.accept(key, asked, terms).await?);
@@ -182,9 +184,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
             }
             Freshness::Fenced => self.fenced_terms().await,
             Freshness::AtLeast(token) => {
-                if self.shared().reach(token).await? == Reached::InDoubt {
-                    self.refuse_in_doubt()?;
-                }
+                self.shared().reach(token).await?;
                 Ok(Terms { of: Some(token), ..Terms::CURRENT })
             }
         }
@@ -197,16 +197,14 @@ impl<K: Key, V: FromRow> Table<K, V> {
         }
         match self.fallback {
             Fallback::ServeStale { max } if self.shared().age() <= max => Ok(Terms { stale: true, ..Terms::COHERENT }),
-            Fallback::Bypass | Fallback::ServeStale { .. } => Ok(Terms::COHERENT),
-            Fallback::Fail => self.refuse_in_doubt().map(|()| Terms::COHERENT),
+            // A miss is refused where it would be loaded.
+            Fallback::Bypass | Fallback::ServeStale { .. } | Fallback::Fail => Ok(Terms::COHERENT),
         }
     }
 
     async fn fenced_terms(&self) -> Result<Terms> {
         // Without a fence: the gate is closed, or about to be, and who asks gets a load that starts after the call.
-        if self.shared().fence().await.is_err() {
-            self.refuse_in_doubt()?;
-        }
+        let _ = self.shared().fence().await;
         Ok(Terms::CURRENT)
     }
 
@@ -225,14 +223,18 @@ impl<K: Key, V: FromRow> Table<K, V> {
     /// One row on these terms.
     pub(crate) async fn read(&self, key: &K, terms: Terms) -> Result<Option<Cached<V>>> {
         let mut wanted = Vec::new();
-        let asked = self.ask(key, terms, &mut wanted);
+        let asked = self.ask(key, terms, &mut wanted)?;
         self.start_loads(wanted);
         self.accept(key, asked, terms).await
     }
 
-    fn ask(&self, key: &K, terms: Terms, wanted: &mut Vec<K>) -> Asked<V> {
+    fn ask(&self, key: &K, terms: Terms, wanted: &mut Vec<K>) -> Result<Asked<V>> {
         let held = if terms.stale { self.store.lookup_stale(key) } else { self.store.lookup(key) };
-        held.map_or_else(|| self.store.ask(key, terms.join, wanted), Asked::Hit)
+        if let Some(entry) = held {
+            return Ok(Asked::Hit(entry));
+        }
+        self.refuse_in_doubt()?;
+        Ok(self.store.ask(key, terms.join, wanted))
     }
 
     /// Waits for the answer, and holds it against the terms.

@@ -10,7 +10,7 @@ mod spare;
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use sqlx::Row;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
@@ -228,10 +228,12 @@ async fn send(shared: &Shared, fence: Fence) {
         if fence.probe {
             let failed = |error| database_error("sending a fence through the pool", error);
             let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
-            let notify = sqlx::query(FENCE).bind(&shared.own_channel).bind(fence.nonce.to_string());
-            notify.execute(&mut **connection).await.map_err(failed)?;
-            connection.give_back();
-            Ok(true)
+            let sent = probe(&mut connection, shared, fence).await.map_err(failed)?;
+            if sent {
+                connection.give_back();
+                return Ok(true);
+            }
+            Err(Error::new(Kind::Unavailable, STUCK))
         } else {
             line.send(&shared.own_channel, fence).await
         }
@@ -241,7 +243,7 @@ async fn send(shared: &Shared, fence: Fence) {
         // Late, which the state machine sees by itself.
         Err(_) if !covered => return,
         Ok(Ok(false)) => {
-            tracing::warn!("a fence waited too long for the lock that orders commits; is a commit stuck?");
+            tracing::warn!("{STUCK}");
             None
         }
         Ok(Err(error)) => Some(full(&error)),
@@ -256,6 +258,24 @@ async fn send(shared: &Shared, fence: Fence) {
     // If there is no gap, another one is due at once.
     shared.look(|coherence| coherence.fence_not_sent(fence));
 }
+
+const STUCK: &str = "a fence waited too long for the lock that orders commits; is a commit stuck?";
+
+/// Sends a fence through the pool. `false`: it waited too long for the lock that orders commits. With a limit of its own: a
+/// statement that is merely given up goes on waiting in its backend, and there would be one more with each attempt.
+async fn probe(connection: &mut PgConnection, shared: &Shared, fence: Fence) -> sqlx::Result<bool> {
+    let limit = format!("set local lock_timeout = {}", line::lock_timeout(&shared.config));
+    let mut transaction = connection.begin().await?;
+    sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut *transaction).await?;
+    let fence = sqlx::query(FENCE).bind(&shared.own_channel).bind(fence.nonce.to_string());
+    fence.execute(&mut *transaction).await?;
+    match transaction.commit().await {
+        Err(error) if has_code(&error, LOCK_NOT_AVAILABLE) => Ok(false),
+        outcome => outcome.map(|()| true),
+    }
+}
+
+const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 /// Looks at the triggers on behalf of a fence that was sent, or is being sent, and returns whether that was done. A line that
 /// does not answer is lost; if the next one does not either (`before` is false), it is not the line's fault, and no line

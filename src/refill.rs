@@ -30,13 +30,17 @@ pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
     let (mut progress, mut stopping) = (shared.progress(), shared.stopping());
     let mut opened = progress.borrow_and_update().opened;
     loop {
-        tokio::select! {
+        // The gap that would end this refill is one after the node became coherent, also if it comes before the first load.
+        let gaps = tokio::select! {
             now = progress.wait_for(|now| now.opened != opened) => match now {
-                Ok(now) => opened = now.opened,
+                Ok(now) => {
+                    opened = now.opened;
+                    now.gaps
+                }
                 Err(_) => return,
             },
             _ = stopping.wait_for(|stopping| *stopping) => return,
-        }
+        };
         let Some(store) = store.upgrade() else { return };
         let listed = {
             let store = Arc::clone(&store);
@@ -45,7 +49,7 @@ pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
         let Ok(mut keys) = tokio::task::spawn_blocking(listed).await else { return };
         keys.sort_by_cached_key(|key| key.to_parts().iter().map(|part| part.clone().into_owned()).collect::<Vec<_>>());
         let found = keys.len();
-        let refilled = refill(&store, &source, &shared, &progress, keys).await;
+        let refilled = refill(&store, &source, &shared, &progress, gaps, keys).await;
         tracing::debug!(found, refilled, "read again what was used most before the gap");
     }
 }
@@ -56,11 +60,14 @@ async fn refill<K: Key, V: Send + Sync + 'static>(
     source: &Arc<dyn Source<K, V>>,
     shared: &Arc<Shared>,
     progress: &watch::Receiver<Progress>,
+    gaps: u64,
     keys: Vec<K>,
 ) -> usize {
-    let gaps = progress.borrow().gaps;
     let mut refilled = 0;
     for batch in keys.chunks(shared.config.load_keys_max) {
+        if progress.borrow().gaps != gaps || !store.is_coherent() {
+            break;
+        }
         let mut wanted = Vec::with_capacity(batch.len());
         let asked: Vec<_> = batch.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
         for runner in store.enqueue(wanted) {
@@ -72,9 +79,6 @@ async fn refill<K: Key, V: Send + Sync + 'static>(
                 Asked::Hit(_) => {}
                 Asked::Wait(answer) => refilled += usize::from(answer.await.is_ok_and(|answer| answer.is_ok())),
             }
-        }
-        if progress.borrow().gaps != gaps {
-            break;
         }
     }
     store.counters.refilled.add(refilled as u64);

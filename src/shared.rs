@@ -19,6 +19,7 @@ use sqlx::PgPool;
 use tokio::{
     sync::{Notify, Semaphore, broadcast, watch},
     task::{JoinError, JoinHandle},
+    time::timeout,
 };
 use uuid::Uuid;
 
@@ -30,7 +31,7 @@ use crate::{
     error::{Error, Kind, Result},
     horizon::Horizon,
     inbox::{Inbox, Item},
-    postgres::{database_error, line::Line},
+    postgres::{database_error, lent::Lent, line::Line},
     relay::Relay,
     stats::NodeCounters,
     status::{Event, Events, Status},
@@ -143,7 +144,10 @@ impl Handle {
             clock.thread().unpark();
             let _ = tokio::task::spawn_blocking(|| clock.join()).await;
         }
-        tokio::join!(self.shared.pool.close(), self.shared.writes.close());
+        // Transactions that are open may end; nobody waits for them.
+        let writes = self.shared.writes.clone();
+        tokio::spawn(async move { writes.close().await });
+        self.shared.pool.close().await;
         if let Some(panic) = panic {
             resume_unwind(panic.into_panic());
         }
@@ -361,7 +365,8 @@ impl Shared {
     pub(crate) async fn reach(&self, token: Token) -> Result<Reached> {
         for fenced in [false, true] {
             let (incarnation, seen) = self.look(|coherence| {
-                let seen = coherence.mark().map(|mark| mark.snapshot.sees(token.xid));
+                // One that wrote nothing may have seen what is not applied here yet: only a fence that starts now tells.
+                let seen = coherence.mark().map(|mark| mark.snapshot.sees(token.xid) && (token.xid != 0 || fenced));
                 (coherence.incarnation().filter(|_| coherence.has_line()), seen)
             });
             match (incarnation.map(incarnation_id), seen) {
@@ -428,9 +433,20 @@ impl Shared {
         if payload.len() > PAYLOAD_MAX {
             payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
         }
-        let notified = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
-        notified.execute(&self.pool).await.map_err(|error| database_error("notifying on channel rowcache", error))?;
-        Ok(())
+        let failed = |error| database_error("notifying on channel rowcache", error);
+        let notify = async {
+            let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
+            let notify = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
+            notify.execute(&mut **connection).await.map_err(failed)?;
+            connection.give_back();
+            Ok(())
+        };
+        let limit = self.config.load_timeout;
+        let late = |_| {
+            let what = format!("notifying on channel rowcache took longer than {limit:?} (`load_timeout`)");
+            Err(Error::new(Kind::Timeout, what))
+        };
+        timeout(limit, notify).await.unwrap_or_else(late)
     }
 
     pub(crate) fn tell(&self, event: Event) {
@@ -455,6 +471,8 @@ impl Shared {
     fn stop(&self) {
         if !self.stopping.send_replace(true) {
             self.gap(Reason::ShutDown);
+            // Not even old rows.
+            self.tables.clear(None);
             self.wake.notify_one();
         }
     }

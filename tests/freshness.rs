@@ -365,6 +365,8 @@ pg_test! {
         assert!(users.get_many(&[1, 2]).await.is_err_and(|error| error.is_unavailable()));
         assert!(users.snapshot(&[1, 2]).await.is_err_and(|error| error.is_unavailable()));
         assert_eq!(name_with(&users, 1, Freshness::Any).await, "user 1");
+        let error = users.get_with(&9, Freshness::Any).await.expect_err("is not held");
+        assert!(error.is_unavailable(), "{error:?}");
         assert_eq!(users.stats().queries, queries, "Postgres was left alone");
         let stats = users.stats();
         assert_eq!(stats.gets, stats.hits + stats.stale + stats.misses);
@@ -402,6 +404,55 @@ pg_test! {
         db.execute("update public.users set name = 'seen' where id = 4").await;
         node.barrier().await.expect("coherent");
         assert_eq!(name(&users, 4).await.as_deref(), Some("seen"));
+    }
+
+    async fn reads_of_a_table_in_doubt_fail_if_the_table_says_so(test: Test) {
+        test.logs.allow("the triggers or the definition of this table changed");
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let options = TableOptions::default().fallback(Fallback::Fail);
+        let users: Users = node.table_with("public.users", options).await.expect("opens");
+        name(&users, 1).await;
+        let token = token_of(&db, "update public.users set name = 'told'").await;
+        db.execute("drop trigger zz_rowcache_update on public.users").await;
+        for freshness in
+            [Freshness::Fenced, Freshness::Within(Duration::ZERO), Freshness::AtLeast(token), Freshness::Any]
+        {
+            let error = users.get_with(&1, freshness).await.expect_err("nobody knows");
+            assert!(error.is_unavailable(), "{freshness:?}: {error:?}");
+            assert!(users.get_many_with(&[1, 2], freshness).await.is_err(), "{freshness:?}");
+        }
+        assert!(matches!(node.status(), rowcache::Status::Coherent { .. }), "the node is not concerned");
+    }
+
+    // A transaction that wrote nothing may have seen what has not arrived here.
+    async fn the_token_of_a_reader_is_reached_by_a_fence_too(test: Test) {
+        let db = users_db(test.version).await;
+        let (proxy, node) = patient(&db).await;
+        let users = users(&node).await;
+        name(&users, 1).await;
+        proxy.set(Direction::Down, Flow::Stall);
+        db.execute("update public.users set name = 'seen elsewhere' where id = 1").await;
+        let token = token_of(&db, "select * from public.users").await;
+        assert_eq!((token.xid(), name(&users, 1).await.as_deref()), (0, Some("user 1")));
+        let read = { let users = users.clone(); tokio::spawn(async move { name_with(&users, 1, Freshness::AtLeast(token)).await }) };
+        proxy.set(Direction::Down, Flow::Pass);
+        assert_eq!(read.await.expect("ends"), "seen elsewhere");
+    }
+
+    async fn after_a_shutdown_nothing_is_served_and_nobody_is_waited_for(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let options = TableOptions::default().fallback(Fallback::ServeStale { max: HOUR });
+        let users: Users = node.table_with("public.users", options).await.expect("opens");
+        name(&users, 1).await;
+        let transaction = node.begin().await.expect("begins");
+        node.shutdown().await;
+        for freshness in [Freshness::Coherent, Freshness::Any, Freshness::Within(HOUR), Freshness::Fenced] {
+            assert!(users.get_with(&1, freshness).await.is_err_and(|error| error.is_closed()), "{freshness:?}");
+        }
+        assert!(node.begin().await.is_err_and(|error| error.is_closed()));
+        drop(transaction);
     }
 
     // A table in doubt has no old rows: nobody knows since when changes were not told.

@@ -316,6 +316,30 @@ pg_test! {
         assert_eq!(name(&users, 1).await.as_deref(), Some("unseen"));
     }
 
+    // A name in a schema that may not be used any more cannot be looked up, and must not take the other tables along.
+    async fn a_schema_that_may_not_be_used_any_more_is_the_doubt_of_its_tables(test: Test) {
+        test.logs.allow("the triggers or the definition of this table changed");
+        let db = users_db(test.version).await;
+        let role = format!("{}_app", &db.name[..db.name.len().min(50)]);
+        db.execute(&format!(
+            "create role {role} login; create schema s; create table s.t (id bigint primary key);
+             select rowcache.track('s.t'); grant usage on schema s to {role}; grant select on all tables in schema s, public to {role}"
+        ))
+        .await;
+        let mut url = url::Url::parse(&db.url).expect("a URL");
+        url.set_username(&role).expect("has a host");
+        let node = Node::connect(url.as_str()).await.expect("starts");
+        let users = users(&node).await;
+        let other: Table<i64, (i64,)> = node.table("s.t").await.expect("opens");
+        name(&users, 1).await;
+        db.execute(&format!("revoke usage on schema s from {role}")).await;
+        eventually("its table is in doubt", async || matches!(other.status(), Status::Bypassed { .. })).await;
+        node.barrier().await.expect("the node is not");
+        assert!(users.peek(&1).is_known());
+        db.execute(&format!("grant usage on schema s to {role}")).await;
+        eventually("it is trusted again", async || matches!(other.status(), Status::Coherent { .. })).await;
+    }
+
     async fn triggers_lost_while_nobody_listened_are_missed_before_anything_is_trusted(test: Test) {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
@@ -518,6 +542,11 @@ pg_test! {
         assert_eq!(why, Reason::LeaseExpired);
         assert!(!test.logs.containing("a fence waited too long").is_empty());
         assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "reads go to Postgres, which does not show it yet");
+        // Attempts to come back leave nothing behind on the server, where their statements would go on waiting.
+        eventually("three attempts have failed", async || test.logs.containing(AGAIN).len() >= 3).await;
+        let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'";
+        let waiting: i64 = admin.query_one(waiting, &[]).await.expect("counts").get(0);
+        assert!(waiting <= 2, "{waiting} backends wait");
         admin.batch_execute("alter system set synchronous_standby_names = ''").await.expect("set");
         admin.batch_execute("select pg_reload_conf()").await.expect("reloaded");
         admin.batch_execute(&format!("select pg_cancel_backend({pid})")).await.expect("cancelled");

@@ -108,6 +108,12 @@ impl Phase {
     }
 }
 
+/// How long a fence may wait for the lock that orders commits, in milliseconds: a third of the time in which it has to be back, so that
+/// one which cannot be sent is told apart from one that does not come back.
+pub(crate) fn lock_timeout(config: &Config) -> u128 {
+    (config.beat_timeout / 3).as_millis().clamp(1, 1_000_000)
+}
+
 /// Connects, listens, and returns once LISTEN has returned. From then on `received` is called with everything
 /// that arrives, and `lost` once, when either connection ends.
 pub(crate) async fn open(
@@ -131,8 +137,7 @@ pub(crate) async fn open(
     listener.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
 
     let (control, sending) = connect(config, "control", |_| {}, lost).await?;
-    // A third, so that a fence which cannot be sent is told apart from one that does not come back.
-    let lock_timeout = (config.beat_timeout / 3).as_millis().clamp(1, 1_000_000);
+    let lock_timeout = lock_timeout(config);
     let set = format!("{SETTINGS}; set lock_timeout = {lock_timeout}");
     control.batch_execute(&set).await.map_err(|error| setup_error("setting up the control session failed", error))?;
     let fence = control

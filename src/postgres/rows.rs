@@ -121,9 +121,11 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         for key in keys {
             match self.load_together(std::slice::from_ref(key), deadline).await {
                 Ok(one) => {
-                    // The weakest of the stamps stands for all: one that is not ours spoils the lot.
-                    if all.rows.iter().all(Result::is_err) || !(self.ours)(one.stamp.incarnation) {
+                    // One stamp stands for all: of the same server, or of none.
+                    if all.rows.iter().all(Result::is_err) {
                         all.stamp.incarnation = one.stamp.incarnation;
+                    } else if all.stamp.incarnation != one.stamp.incarnation {
+                        all.stamp.incarnation = None;
                     }
                     all.stamp.dirty |= one.stamp.dirty;
                     all.stamp.lsn = all.stamp.lsn.max(one.stamp.lsn);
