@@ -172,7 +172,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     /// What a read of this freshness accepts, once what it must wait for has happened.
     async fn terms(&self, freshness: Freshness) -> Result<Terms> {
         match freshness {
-            Freshness::Coherent => self.coherent_terms(),
+            Freshness::Coherent => Ok(self.coherent_terms()),
             Freshness::Any => Ok(Terms { stale: true, ..Terms::COHERENT }),
             Freshness::Within(limit) => {
                 self.refuse_in_doubt()?;
@@ -191,14 +191,13 @@ impl<K: Key, V: FromRow> Table<K, V> {
     }
 
     /// What [`get`](Self::get) accepts.
-    pub(crate) fn coherent_terms(&self) -> Result<Terms> {
-        if self.store.is_coherent() {
-            return Ok(Terms::COHERENT);
-        }
+    pub(crate) fn coherent_terms(&self) -> Terms {
         match self.fallback {
-            Fallback::ServeStale { max } if self.shared().age() <= max => Ok(Terms { stale: true, ..Terms::COHERENT }),
-            // A miss is refused where it would be loaded.
-            Fallback::Bypass | Fallback::ServeStale { .. } | Fallback::Fail => Ok(Terms::COHERENT),
+            Fallback::ServeStale { max } if !self.store.is_coherent() && self.shared().age() <= max => {
+                Terms { stale: true, ..Terms::COHERENT }
+            }
+            // With `Fail`, a miss is refused where it would be loaded.
+            Fallback::Bypass | Fallback::ServeStale { .. } | Fallback::Fail => Terms::COHERENT,
         }
     }
 

@@ -218,7 +218,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
 
     #[cold]
     async fn load(&self, key: &K) -> Result<Option<Cached<V>>> {
-        self.read(key, self.coherent_terms()?).await
+        self.read(key, self.coherent_terms()).await
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

@@ -236,7 +236,14 @@ pg_test! {
         no_loads.loads_max = 0;
         let mut no_beat = config();
         no_beat.beat = std::time::Duration::ZERO;
-        for (config, says) in [(slow_beat, "beat"), (no_loads, "loads_max"), (no_beat, "beat")] {
+        // Whoever means "no limit" must not find out by a panic.
+        let (mut no_limit, mut no_lease, mut many) = (config(), config(), config());
+        no_limit.load_timeout = std::time::Duration::MAX;
+        no_lease.lease = std::time::Duration::MAX;
+        many.loads_max = usize::MAX;
+        assert_eq!(no_lease.staleness_bound(), std::time::Duration::MAX);
+        let cases = [(slow_beat, "beat"), (no_loads, "loads_max"), (no_beat, "beat")];
+        for (config, says) in cases.into_iter().chain([(no_limit, "a year"), (no_lease, "a year"), (many, "a million")]) {
             let (error, text) = refused(Node::start(config).await);
             assert!(error.is_config() && text.contains(says), "{text}");
         }
