@@ -54,7 +54,9 @@ pub enum Freshness {
     /// *Costs* nothing if the last fence already saw the transaction; else a fence. *While the node is not coherent*, it
     /// reads Postgres, and never joins a load that began before the call.
     /// [`is_other_incarnation`](Error::is_other_incarnation) if the token is of another incarnation of the server than the
-    /// one that answers: the transaction may have been lost.
+    /// one that answers: the transaction may have been lost. [`is_token`](Error::is_token) if it has not ended; and, for as
+    /// long as more than some 500 transactions are writing at the same time, if it began after the oldest of them: their
+    /// list does not fit into a message then.
     AtLeast(Token),
     /// Whatever is held, of whatever age, also while the node is not coherent; Postgres if nothing is.
     ///

@@ -375,7 +375,10 @@ impl Shared {
                 (Some(_), Some(false)) if fenced => {
                     return Err(Error::new(
                         Kind::Token,
-                        format!("token {token} names a transaction that has not ended; hand it out after COMMIT"),
+                        format!(
+                            "token {token} names a transaction that has not ended (hand it out after COMMIT), or that cannot be told \
+                             apart: more than some 500 others are writing"
+                        ),
                     ));
                 }
                 (Some(_), Some(false)) if self.fence().await.is_ok() => {}
