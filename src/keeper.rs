@@ -10,7 +10,7 @@ mod spare;
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
+use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
@@ -262,16 +262,15 @@ async fn send(shared: &Shared, fence: Fence) {
 const STUCK: &str = "a fence waited too long for the lock that orders commits; is a commit stuck?";
 
 /// Sends a fence through the pool. `false`: it waited too long for the lock that orders commits. With a limit of its own: a
-/// statement that is merely given up goes on waiting in its backend, and there would be one more with each attempt.
+/// statement that is merely given up goes on waiting in its backend, and there would be one more with each attempt. The limit
+/// is set by the statement itself. A transaction for it would end one that the application has left open (X14).
 async fn probe(connection: &mut PgConnection, shared: &Shared, fence: Fence) -> sqlx::Result<bool> {
-    let limit = format!("set local lock_timeout = {}", line::lock_timeout(&shared.config));
-    let mut transaction = connection.begin().await?;
-    sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut *transaction).await?;
-    let fence = sqlx::query(FENCE).bind(&shared.own_channel).bind(fence.nonce.to_string());
-    fence.execute(&mut *transaction).await?;
-    match transaction.commit().await {
+    let limited = AssertSqlSafe(format!("{FENCE}, pg_catalog.set_config('lock_timeout', $3, true)"));
+    let limit = line::lock_timeout(&shared.config).to_string();
+    let fence = sqlx::query(limited).bind(&shared.own_channel).bind(fence.nonce.to_string()).bind(limit);
+    match fence.execute(connection).await {
         Err(error) if has_code(&error, LOCK_NOT_AVAILABLE) => Ok(false),
-        outcome => outcome.map(|()| true),
+        outcome => outcome.map(|_| true),
     }
 }
 
