@@ -108,7 +108,7 @@ impl NodeCounters {
 }
 
 /// One in so many hits leaves a trace in its entry. More would make threads that hit the same entry write to one cache line.
-pub(crate) const SAMPLED: u64 = 16;
+pub(crate) const SAMPLED: u32 = 16;
 
 /// The live counters behind [`Stats`].
 #[derive(Default)]
@@ -133,7 +133,9 @@ impl Counters {
     /// Returns whether this hit is one of the sample.
     pub(crate) fn hit(&self) -> bool {
         // Spread by a multiplication, and not every sixteenth: a loop over 160 keys would always meet the same ten.
-        self.hits.add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) < u64::MAX / SAMPLED
+        #[expect(clippy::cast_possible_truncation, reason = "the low half counts as well, and fits into an instruction")]
+        let n = self.hits.add(1) as u32;
+        n.wrapping_mul(0x9e37_79b9) < u32::MAX / SAMPLED
     }
 
     pub(crate) fn hits(&self, n: u64) {
