@@ -133,7 +133,10 @@ impl Counters {
     /// Returns whether this hit is one of the sample.
     pub(crate) fn hit(&self) -> bool {
         // Spread by a multiplication, and not every sixteenth: a loop over 160 keys would always meet the same ten.
-        #[expect(clippy::cast_possible_truncation, reason = "the low half counts as well, and fits into an instruction")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the low half counts as well, and fits into an instruction"
+        )]
         let n = self.hits.add(1) as u32;
         n.wrapping_mul(0x9e37_79b9) < u32::MAX / SAMPLED
     }
