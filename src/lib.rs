@@ -81,9 +81,12 @@
 //! | --- | --- |
 //! | (none) | the library |
 //! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `watch`, `doctor`, `demo` |
+//! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "verify")]
+pub mod verify;
 
 mod change;
 mod clock;

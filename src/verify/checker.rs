@@ -1,0 +1,1 @@
+//! Whether what happened in a run was allowed.

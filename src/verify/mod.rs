@@ -1,0 +1,41 @@
+//! The proof: what shows that the promise holds, and that what shows it can fail.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | `history`, `checker` | what happened in a run, and whether it was allowed |
+//!
+//! `docs/correctness.md` says what is proved by which of them, and within which bounds.
+
+pub mod checker;
+pub mod history;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Shows that what rowcache promises holds, and that what shows it can fail.
+#[derive(Parser)]
+#[command(name = "rowcache-verify", version, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    ///
+    /// What kept it from finding out; a violation is no error, but an exit code.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not to be cancelled: processes that it started may go on.
+    pub async fn run(self) -> Result<ExitCode> {
+        match self.command {}
+    }
+}
