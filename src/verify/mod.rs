@@ -3,12 +3,14 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
+//! | `mutants` | takes out one protection after another, and sees that something notices |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
 
 pub mod checker;
 mod facts;
 pub mod history;
+mod mutants;
 mod story;
 
 use std::process::ExitCode;
@@ -25,7 +27,11 @@ pub struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Takes out one protection after another, and sees that something notices.
+    #[command(after_help = mutants::HELP)]
+    Mutants(mutants::Options),
+}
 
 impl Cli {
     /// Does what was asked.
@@ -38,6 +44,8 @@ impl Cli {
     ///
     /// Not to be cancelled: processes that it started may go on.
     pub async fn run(self) -> Result<ExitCode> {
-        match self.command {}
+        match self.command {
+            Command::Mutants(options) => tokio::task::spawn_blocking(move || mutants::run(&options)).await?,
+        }
     }
 }

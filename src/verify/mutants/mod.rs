@@ -1,0 +1,242 @@
+//! Proof that all of this can fail: takes out one protection after another, and sees that something notices.
+//!
+//! Works on a copy of the tree under `target/mutants`, with a target directory of its own: first every catcher must be green there, and
+//! then, with each mutant in turn, red. What does not compile proves nothing, and is an error of the table.
+
+mod table;
+
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use table::{Catcher, MUTANTS, Mutant};
+
+pub(super) const HELP: &str = "\
+Examples:
+  rowcache-verify mutants                        all of them, which takes an hour
+  rowcache-verify mutants ticket lease           these
+  rowcache-verify mutants --list                 what there is
+  rowcache-verify mutants --markdown > docs/mutants.md
+
+It runs in the source tree of rowcache (the working directory), and needs what its tests need.";
+
+#[derive(clap::Args)]
+pub(super) struct Options {
+    /// Only these. Default: all.
+    #[arg(value_name = "MUTANT")]
+    names: Vec<String>,
+    /// Only says which there are.
+    #[arg(long)]
+    list: bool,
+    /// Prints the table as Markdown, on stdout.
+    #[arg(long)]
+    markdown: bool,
+}
+
+/// A catcher that has not ended after this has caught it: a test that hangs is red.
+const PATIENCE: Duration = Duration::from_mins(10);
+
+/// What became of a mutant in the hands of one catcher.
+struct Outcome {
+    /// The first test that failed; `None`: nothing noticed.
+    caught_by: Option<String>,
+    took: Duration,
+}
+
+pub(super) fn run(options: &Options) -> Result<ExitCode> {
+    if options.list {
+        for mutant in MUTANTS {
+            println!("{:<24} {}", mutant.name, mutant.protection);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let chosen = choose(&options.names)?;
+    let tree = Tree::copy()?;
+    for mutant in &chosen {
+        ensure!(
+            mutant.is_current(&tree.root)?,
+            "{}: its text does not stand in {} exactly once",
+            mutant.name,
+            mutant.file
+        );
+    }
+    let mut seen = HashSet::new();
+    for catcher in chosen.iter().flat_map(|mutant| mutant.catchers).filter(|catcher| seen.insert(**catcher)) {
+        eprintln!("without a mutant: {}", catcher.name());
+        tree.build(*catcher).with_context(|| format!("{} does not compile", catcher.name()))?;
+        if let Some(test) = tree.run(*catcher)?.caught_by {
+            bail!("{} is red without any mutant ({test})", catcher.name());
+        }
+    }
+    if options.markdown {
+        print!("{}", include_str!("head.md"));
+    }
+    let mut survived = 0;
+    for mutant in chosen {
+        tree.with(mutant, || {
+            for catcher in mutant.catchers {
+                tree.build(*catcher).with_context(|| format!("mutant {} does not compile", mutant.name))?;
+                let outcome = tree.run(*catcher)?;
+                survived += usize::from(outcome.caught_by.is_none());
+                tell(mutant, *catcher, &outcome, options.markdown);
+            }
+            Ok(())
+        })?;
+    }
+    eprintln!("{survived} times a mutant was not noticed");
+    Ok(if survived == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn choose(names: &[String]) -> Result<Vec<&'static Mutant>> {
+    if names.is_empty() {
+        return Ok(MUTANTS.iter().collect());
+    }
+    let find = |name: &String| MUTANTS.iter().find(|mutant| mutant.name == name);
+    names.iter().map(|name| find(name).with_context(|| format!("there is no mutant `{name}`; see --list"))).collect()
+}
+
+fn tell(mutant: &Mutant, catcher: Catcher, outcome: &Outcome, markdown: bool) {
+    let seconds = outcome.took.as_secs_f64();
+    let by = outcome.caught_by.as_deref().unwrap_or("NOT NOTICED");
+    if markdown {
+        println!("| `{}` | {} | `{}` | {} | {by} |", mutant.name, mutant.protection, mutant.file, catcher.name());
+    }
+    eprintln!("{:<24} {:<60} {by} ({seconds:.1} s)", mutant.name, catcher.name());
+}
+
+impl Mutant {
+    fn is_current(&self, root: &Path) -> Result<bool> {
+        let file = root.join(self.file);
+        let source = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        Ok(source.matches(self.text).count() == 1)
+    }
+}
+
+impl Catcher {
+    /// For people.
+    fn name(self) -> String {
+        match self {
+            Self::Unit(of) => format!("unit tests `{of}`"),
+            Self::Test(file, "") => format!("`tests/{file}.rs`"),
+            Self::Test(file, of) => format!("`tests/{file}.rs`, `{of}`"),
+            Self::Schedules(of) => format!("random schedules `{of}`"),
+        }
+    }
+
+    fn arguments(self) -> Vec<&'static str> {
+        match self {
+            Self::Unit(of) => vec!["--all-features", "--lib", of],
+            Self::Test(file, of) => vec!["--all-features", "--test", file, of],
+            Self::Schedules(of) => vec!["--release", "--lib", of],
+        }
+    }
+}
+
+/// A copy of the source tree.
+struct Tree {
+    root: PathBuf,
+    targets: PathBuf,
+}
+
+impl Tree {
+    /// Of what is in the working directory, committed or not. What has not changed since the last copy keeps its time, so that
+    /// it need not be compiled again.
+    fn copy() -> Result<Self> {
+        let here = std::env::current_dir()?;
+        let manifest = fs::read_to_string("Cargo.toml").unwrap_or_default();
+        ensure!(manifest.contains("name = \"rowcache\""), "{} is not the source tree of rowcache", here.display());
+        let home = here.join("target/mutants");
+        let tree = Self { root: home.join("tree"), targets: home.join("target") };
+        let listed = Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard"]).output();
+        let listed = listed.context("git is needed, to know which files belong to the tree")?;
+        ensure!(listed.status.success(), "git ls-files: {}", String::from_utf8_lossy(&listed.stderr).trim());
+        for file in String::from_utf8_lossy(&listed.stdout).lines() {
+            let Ok(content) = fs::read(file) else { continue };
+            tree.write(file, &content)?;
+            fs::set_permissions(tree.root.join(file), fs::metadata(file)?.permissions())?;
+        }
+        Ok(tree)
+    }
+
+    fn write(&self, file: &str, content: &[u8]) -> Result<()> {
+        let to = self.root.join(file);
+        if fs::read(&to).is_ok_and(|old| old == content) {
+            return Ok(());
+        }
+        fs::create_dir_all(to.parent().context("a file is in a directory")?)?;
+        fs::write(&to, content).with_context(|| format!("writing {}", to.display()))
+    }
+
+    /// Does something while the mutant is in place.
+    fn with(&self, mutant: &Mutant, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let whole = fs::read_to_string(self.root.join(mutant.file))?;
+        self.write(mutant.file, whole.replacen(mutant.text, mutant.instead, 1).as_bytes())?;
+        let outcome = work();
+        self.write(mutant.file, whole.as_bytes())?;
+        outcome
+    }
+
+    fn cargo(&self, catcher: Catcher) -> Command {
+        let mut cargo = Command::new("cargo");
+        cargo.arg("test").args(catcher.arguments()).current_dir(&self.root);
+        // Mutants leave things unused.
+        let (flags, target) = match catcher {
+            Catcher::Schedules(_) => ("--cfg shuttle -A warnings", "shuttle"),
+            Catcher::Unit(_) | Catcher::Test(..) => ("-A warnings", "std"),
+        };
+        cargo.env("RUSTFLAGS", flags).env("CARGO_TARGET_DIR", self.targets.join(target)).env("RUST_BACKTRACE", "0");
+        cargo
+    }
+
+    fn build(&self, catcher: Catcher) -> Result<()> {
+        let built = self.cargo(catcher).arg("--no-run").output().context("cargo is needed")?;
+        ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        Ok(())
+    }
+
+    fn run(&self, catcher: Catcher) -> Result<Outcome> {
+        let began = Instant::now();
+        // `timeout` also ends what cargo has started.
+        let cargo = self.cargo(catcher);
+        let mut limited = Command::new("timeout");
+        limited
+            .arg(PATIENCE.as_secs().to_string())
+            .arg(cargo.get_program())
+            .args(cargo.get_args())
+            .current_dir(&self.root);
+        limited.envs(cargo.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let ended = limited.stdin(Stdio::null()).output().context("`timeout` (coreutils) is needed")?;
+        let printed = String::from_utf8_lossy(&ended.stdout);
+        let ran = printed.lines().any(|line| line.starts_with("running ") && !line.starts_with("running 0 "));
+        ensure!(ran, "{} names no test:\n{printed}{}", catcher.name(), String::from_utf8_lossy(&ended.stderr));
+        let failed = printed.lines().find_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
+        let caught_by = match failed {
+            Some(test) => Some(format!("`{test}`")),
+            None if ended.status.code() == Some(124) => Some(format!("did not end within {PATIENCE:?}")),
+            None if !ended.status.success() => Some("the test program was ended".to_owned()),
+            None => None,
+        };
+        Ok(Outcome { caught_by, took: began.elapsed() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mutant_still_applies() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut names = HashSet::new();
+        for mutant in MUTANTS {
+            assert!(names.insert(mutant.name), "two mutants `{}`", mutant.name);
+            assert!(mutant.is_current(root).expect("reads"), "mutant `{}` is out of date", mutant.name);
+            assert!(mutant.text != mutant.instead && !mutant.catchers.is_empty(), "mutant `{}`", mutant.name);
+        }
+    }
+}
