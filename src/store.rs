@@ -39,6 +39,7 @@ use tokio::sync::oneshot;
 use crate::{
     change::RowKey,
     coherence::Incarnation,
+    digest::{Digest, Tenths},
     error::{Error, Kind, Result},
     fill::{Flight, Join, Verdict},
     gate::{Before, Gate, Word},
@@ -61,15 +62,19 @@ pub(crate) struct Entry<V> {
     word: Word,
     /// The commits that the load saw were logged before this position.
     lsn: u64,
+    /// Of the row as it was received, if the table is audited.
+    digest: Digest,
     /// Grows with use: one in [`SAMPLED`](crate::stats::SAMPLED) hits of this thread or another one is counted.
     heat: AtomicU32,
+    /// When the load started.
+    at: Tenths,
     /// `None`: there is no such row.
     value: Option<V>,
 }
 
 impl<V> Entry<V> {
     fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
-        Self { word, lsn, heat: AtomicU32::new(0), value }
+        Self { word, lsn, digest: Digest::UNKNOWN, heat: AtomicU32::new(0), at: Tenths::BOOT, value }
     }
 
     /// Whether the load saw only commits logged before this position, and its entry is of the time when the gate showed this.
@@ -165,6 +170,10 @@ pub(crate) struct Store<K, V> {
     /// Calls for [`reclaim`](Member::reclaim) that have not been answered. Whole-table messages can come by the thousand,
     /// from anybody.
     reclaims: AtomicU64,
+    /// Hits that wait to be audited.
+    sample: Sample<K, V>,
+    /// Whether entries have digests.
+    pub(crate) is_audited: bool,
 }
 
 type Stripe<K, V> = CachePadded<Mutex<HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>>>;
@@ -202,6 +211,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
             limits,
             reclaims: AtomicU64::new(0),
+            sample: Sample::default(),
+            is_audited: false,
         }
     }
 
@@ -215,6 +226,9 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
         if self.counters.hit() {
             entry.heat.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if self.sample.is_open() {
+                self.take_seat(key, &entry);
+            }
         }
         Some(entry)
     }
@@ -358,7 +372,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Ends the running load of `key`: publishes its result if that is still allowed, and answers all who
     /// waited for it. Returns whether the key must be loaded again.
-    fn finish(&self, key: &K, result: Result<Option<V>>, origin: Origin) -> bool {
+    fn finish(&self, key: &K, (result, digest): (Result<Option<V>>, Digest), origin: Origin) -> bool {
         let counters = &self.counters;
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
@@ -366,7 +380,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let mut evicted = Default::default();
         let mut removed = None;
         let outcome = result.map(|value| {
-            let entry = Arc::new(Entry::new(word, origin.stamp.lsn, value));
+            let entry = Entry { digest, at: origin.at, ..Entry::new(word, origin.stamp.lsn, value) };
+            let entry = Arc::new(entry);
             let verdict = flight.verdict(word);
             if verdict == Verdict::Publish && origin.ours {
                 self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
@@ -463,6 +478,8 @@ pub(crate) struct Origin {
     pub(crate) stamp: Stamp,
     /// They are from the server that the node listens to, and committed.
     pub(crate) ours: bool,
+    /// When the loads started.
+    pub(crate) at: Tenths,
 }
 
 /// The right to load keys of one table: at most [`Limits::runners_max`] exist at a time.
@@ -499,6 +516,15 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
 
     /// Ends the loads of the batch, with one result per key in the order of the keys.
     pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, origin: Origin) {
+        self.finish_digested(results.into_iter().map(|result| (result, Digest::UNKNOWN)), origin);
+    }
+
+    /// As [`finish`](Self::finish), with the digests of the rows.
+    pub(crate) fn finish_digested(
+        &mut self,
+        results: impl IntoIterator<Item = (Result<Option<V>>, Digest)>,
+        origin: Origin,
+    ) {
         for result in results {
             // Key by key: should the `Drop` of a value panic, the rest of the batch is ended by our own `Drop`.
             let key = self.batch.pop_front().expect("one result per key");
@@ -541,7 +567,11 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
     }
 }
 
+mod sample;
 mod sweep;
+
+use sample::Sample;
+pub(crate) use sample::Served;
 
 #[cfg(test)]
 #[cfg(not(shuttle))]
