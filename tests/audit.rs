@@ -15,7 +15,7 @@ use fixture::{event, hasty, migrated, node, users_db};
 use rowcache::{Event, Node, Table, TableOptions};
 use support::eventually;
 
-/// What happens to the users while they are read and audited; each leaves the table as good as before.
+/// What happens to the users while they are read and audited, and half of them written; each leaves the table as good as before.
 const CHAOS: [&str; 8] = [
     "begin; delete from public.users; insert into public.users select n, 'again ' || n from generate_series(1, 10) n; commit",
     "begin; truncate public.users; insert into public.users select n, 'new ' || n from generate_series(1, 10) n; commit",
@@ -55,7 +55,7 @@ pg_test! {
                 let mut n = writer;
                 while busy.goes_on() {
                     n += 7;
-                    let update = format!("update public.users set name = 'w{n}' where id = {}", n % 10 + 1);
+                    let update = format!("update public.users set name = 'w{n}' where id = {}", n % 5 + 1);
                     // It may meet a table that is being altered.
                     let _ = client.batch_execute(&update).await;
                 }
@@ -73,7 +73,7 @@ pg_test! {
                 }
             }));
         }
-        for n in 1..=3 {
+        for n in 1..=2 {
             for chaos in CHAOS {
                 db.execute(chaos).await;
                 let seen = users.stats().audits;
@@ -89,7 +89,6 @@ pg_test! {
             task.await.expect("no panic");
         }
         let audits = users.stats().audits;
-        println!("{audits:?}");
         assert_eq!(audits.incoherent, 0, "a false alarm: {audits:?}");
         assert_eq!(audits.audited, audits.equal + audits.changed + audits.skipped);
     }
