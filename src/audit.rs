@@ -119,6 +119,7 @@ impl<K: Key, V: Send + Sync + 'static> Auditor<K, V> {
         let Some((digests, at)) = self.read_again(&sample).await else {
             return audits.skipped.add(total as u64);
         };
+        debug_assert!(sample.iter().all(|served| served.entry.digest() != Digest::UNKNOWN), "loads take digests");
         let mut differ: Vec<_> = sample
             .into_iter()
             .zip(digests)

@@ -3,17 +3,10 @@
 //! One hit in [`SAMPLED`](crate::stats::SAMPLED) is looked at here, and takes a seat if one is free. The auditor frees so
 //! many at a time, so that the cost is bounded however many hits there are.
 
-use std::{
-    sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
-};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{Entry, Key, Store};
-use crate::{
-    coherence::Boot,
-    digest::Digest,
-    sync::{Arc, Mutex, lock},
-};
+use crate::sync::{Arc, Mutex, lock};
 
 /// A hit: the entry that was served is what the auditor must find there again.
 pub(crate) struct Served<K, V> {
@@ -38,22 +31,6 @@ impl<K, V> Default for Sample<K, V> {
 impl<K, V> Sample<K, V> {
     pub(super) fn is_open(&self) -> bool {
         self.seats.load(Ordering::Relaxed) > 0
-    }
-}
-
-impl<V> Entry<V> {
-    pub(crate) fn digest(&self) -> Digest {
-        self.digest
-    }
-
-    /// The commits that its load saw were logged before this position.
-    pub(crate) fn lsn(&self) -> u64 {
-        self.lsn
-    }
-
-    /// How long ago its load started.
-    pub(crate) fn age(&self, now: Boot) -> Duration {
-        self.at.age(now)
     }
 }
 
