@@ -235,7 +235,7 @@ pub struct TableOptions {
     /// After a gap, up to this many of the rows that were used most before it are read again, one statement of
     /// [`load_keys_max`](Config::load_keys_max) keys at a time. Others are read when they are asked for. Default 0.
     pub refill: usize,
-    /// Hits a second of which the row is read again, at most; if a row is not what was served, and no change on its way
+    /// Hits a second (not those of [`try_get`](crate::Table::try_get)) of which the row is read again, at most; if a row is not what was served, and no change on its way
     /// explains it, it is forgotten, counted ([`Audits`](crate::Audits)), logged and told
     /// ([`Event::Incoherent`](crate::Event::Incoherent)). Never for another reason. At most 1000. Each costs a reading by key,
     /// in one statement per [`beat`](Config::beat) and [`load_keys_max`](Config::load_keys_max) keys, and a load a hash of

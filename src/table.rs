@@ -144,7 +144,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     #[inline]
     #[must_use]
     pub fn try_get(&self, key: &K) -> Lookup<V> {
-        let entry = self.store.lookup(key);
+        let entry = self.store.lookup_unaudited(key);
         if entry.is_none() {
             self.store.counters.declined.add(1);
         }
