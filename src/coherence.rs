@@ -256,11 +256,15 @@ impl Coherence {
 
     /// Asks for a fence that starts after this call. Returns its number, or why none can come back now.
     pub(crate) fn want_fence(&mut self) -> Result<u64, Reason> {
+        let next = self.next_number()?;
+        self.wanted = self.wanted.max(next);
+        Ok(next)
+    }
+
+    /// The number of the first fence that starts after this call, whoever wants it, or why none can come back now.
+    pub(crate) fn next_number(&self) -> Result<u64, Reason> {
         match &self.line {
-            Line::Up => {
-                self.wanted = self.wanted.max(self.started + 1);
-                Ok(self.started + 1)
-            }
+            Line::Up => Ok(self.started + 1),
             Line::Down { reason, .. } | Line::Probing { reason, .. } => Err(reason.clone()),
         }
     }

@@ -5,6 +5,7 @@ use std::{fmt, time::Duration};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::{
+    audit,
     coherence::Timing,
     error::{Error, Kind, Result},
     freshness::Fallback,
@@ -234,11 +235,17 @@ pub struct TableOptions {
     /// After a gap, up to this many of the rows that were used most before it are read again, one statement of
     /// [`load_keys_max`](Config::load_keys_max) keys at a time. Others are read when they are asked for. Default 0.
     pub refill: usize,
+    /// Hits a second (not those of [`try_get`](crate::Table::try_get)) of which the row is read again, at most; if a row is not what was served, and no change on its way
+    /// explains it, it is forgotten, counted ([`Audits`](crate::Audits)), logged and told
+    /// ([`Event::Incoherent`](crate::Event::Incoherent)). Never for another reason. At most 1000. Each costs a reading by key,
+    /// in one statement per [`beat`](Config::beat) and [`load_keys_max`](Config::load_keys_max) keys, and a load a hash of
+    /// the row. Default 0: none.
+    pub audit: u32,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { capacity: 100_000, fallback: Fallback::default(), refill: 0 }
+        Self { capacity: 100_000, fallback: Fallback::default(), refill: 0, audit: 0 }
     }
 }
 
@@ -255,6 +262,21 @@ impl TableOptions {
     pub fn refill(mut self, rows: usize) -> Self {
         self.refill = rows;
         self
+    }
+
+    /// With up to this many hits a second read again, to show that they were right.
+    #[must_use]
+    pub fn audit(mut self, a_second: u32) -> Self {
+        self.audit = a_second;
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.audit > audit::RATE_MAX {
+            let what = format!("`audit` must be at most {} a second", audit::RATE_MAX);
+            return Err(Error::new(Kind::Config, what));
+        }
+        Ok(())
     }
 
     /// With this to do while the node is not coherent.

@@ -64,6 +64,7 @@
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
 //! | `load` | runs loads, in greedy batches |
+//! | `audit` | reads rows again that were served, and tells what should not have been |
 //! | `shared` | what a node's tasks share: the applier, the clock, fences |
 //! | `postgres/` | the only place with SQL and sockets |
 //! | `config`, `settings`, `tls` | how to reach Postgres, and how to behave |
@@ -73,6 +74,7 @@
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
 //! | `hashed` | core: keys that messages do not show |
 //! | `change`, `key` | core: messages and keys |
+//! | `digest` | core: what an entry remembers of its row |
 //! | `status`, `stats`, `error` | what users are told |
 //!
 //! # Features
@@ -88,10 +90,12 @@ pub mod cli;
 #[cfg(feature = "verify")]
 pub mod verify;
 
+mod audit;
 mod change;
 mod clock;
 mod coherence;
 mod config;
+mod digest;
 mod error;
 mod fill;
 mod freshness;
@@ -131,7 +135,7 @@ pub use hashed::KeyHash;
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
 pub use postgres::{install, migrate};
-pub use stats::{NodeStats, Stats};
+pub use stats::{Audits, NodeStats, Stats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};

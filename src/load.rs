@@ -3,9 +3,11 @@
 //! A runner waits for its turn among the node's loads, and then takes whatever has queued up meanwhile as one
 //! statement. So a lone miss goes out at once as `= $1`, and under load the statements grow by themselves.
 
-use std::sync::Arc;
+use std::{iter, sync::Arc};
 
 use crate::{
+    clock,
+    digest::{Digest, Tenths},
     key::Key,
     shared::Shared,
     source::Source,
@@ -22,12 +24,15 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
         // Never closed, so never an error; the permit is held until the rows are published.
         let _turn = shared.loads.acquire().await;
         let gaps = shared.look(|coherence| coherence.gaps());
+        let at = Tenths::at(clock::now());
         let Some(keys) = runner.take() else { return };
         match source.load(keys).await {
             Ok(loaded) => {
                 let stamp = loaded.stamp;
                 let ours = shared.is_ours(stamp.incarnation, gaps) && !stamp.dirty;
-                runner.finish(loaded.rows, Origin { stamp, ours });
+                // None, unless the table is audited.
+                let digests = loaded.digests.into_iter().chain(iter::repeat(Digest::UNKNOWN));
+                runner.finish_digested(loaded.rows.into_iter().zip(digests), Origin { stamp, ours, at });
             }
             Err(error) => runner.fail(&error),
         }

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
+    audit::{self, Auditor},
     config::{Config, TableOptions},
     error::{Error, Kind, Result},
     hashed::Hashed,
@@ -18,6 +19,7 @@ use crate::{
     store::{Limits, Store},
     table::{FromRow, Table},
     tables::Member,
+    throttle::Throttle,
     token::Token,
     transaction::Transaction,
 };
@@ -103,12 +105,13 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// As of [`table`](Self::table).
+    /// As of [`table`](Self::table), and [`is_config`](Error::is_config) for an option that cannot be used.
     ///
     /// # Cancel safety
     ///
     /// Cancelling leaves nothing behind.
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
+        options.check()?;
         let shared = &self.0.shared;
         let tracked = catalog::open::<K>(&shared.pool, name).await?;
         let mut is_new = false;
@@ -116,7 +119,8 @@ impl Node {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
-            let store = Arc::new(Store::<K, V>::new(options.capacity, limits, tracked.secret.clone().map(Hashed::new)));
+            let store = Store::<K, V>::new(options.capacity, limits, tracked.secret.clone().map(Hashed::new));
+            let store = Arc::new(store.audited(options.audit > 0));
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             store
         });
@@ -125,6 +129,11 @@ impl Node {
             let store = Arc::downgrade(&table.store);
             let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);
             tokio::spawn(refill);
+        }
+        if is_new && options.audit > 0 {
+            let (source, shared) = (Arc::clone(&table.source), Arc::clone(shared));
+            let auditor = Auditor { source, shared, name: tracked.name.as_str().into(), alarms: Throttle::default() };
+            tokio::spawn(audit::watch(Arc::downgrade(&table.store), auditor, options.audit));
         }
         Ok(table)
     }

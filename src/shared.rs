@@ -348,8 +348,17 @@ impl Shared {
 
     /// Waits for a fence that starts after this call: everything visible now has then been applied.
     pub(crate) async fn fence(&self) -> Result<(), Reason> {
+        self.fence_counts(Coherence::want_fence).await
+    }
+
+    /// As [`fence`](Self::fence), and sends none: it waits for the next one that is sent anyhow, at the latest a beat later.
+    pub(crate) async fn next_beat(&self) -> Result<(), Reason> {
+        self.fence_counts(|coherence| coherence.next_number()).await
+    }
+
+    async fn fence_counts(&self, which: fn(&mut Coherence) -> Result<u64, Reason>) -> Result<(), Reason> {
         let mut progress = self.progress.subscribe();
-        let (fence, gaps) = self.look(|coherence| coherence.want_fence().map(|fence| (fence, coherence.gaps())))?;
+        let (fence, gaps) = self.look(|coherence| which(coherence).map(|fence| (fence, coherence.gaps())))?;
         self.wake.notify_one();
         let done = |progress: &Progress| progress.fence >= fence || progress.gaps != gaps;
         let progress = *progress.wait_for(done).await.expect("the sender is part of self");

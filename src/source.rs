@@ -2,7 +2,7 @@
 
 use std::{future::Future, pin::Pin};
 
-use crate::{coherence::Incarnation, error::Result};
+use crate::{coherence::Incarnation, digest::Digest, error::Result};
 
 /// Reads rows by key.
 pub(crate) trait Source<K, V>: Send + Sync {
@@ -13,6 +13,9 @@ pub(crate) trait Source<K, V>: Send + Sync {
     /// As [`load`](Self::load), but never as more than one statement: the rows are of one snapshot, and a key that the
     /// database does not take spoils them all.
     fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V>;
+
+    /// What the rows of these keys are now, by one statement of its own, with no code of the user's.
+    fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a>;
 }
 
 /// A load under way.
@@ -22,6 +25,18 @@ pub(crate) type Loading<'a, V> = Pin<Box<dyn Future<Output = Result<Loaded<V>>> 
 pub(crate) struct Loaded<V> {
     /// One result per key, in the order of the keys. `None`: no such row.
     pub(crate) rows: Vec<Result<Option<V>>>,
+    /// Of the rows, in the same order; empty unless the table is audited.
+    pub(crate) digests: Vec<Digest>,
+    pub(crate) stamp: Stamp,
+}
+
+/// An audit's reading under way.
+pub(crate) type Digesting<'a> = Pin<Box<dyn Future<Output = Result<Digests>> + Send + 'a>>;
+
+/// What one statement read, for an audit.
+pub(crate) struct Digests {
+    /// One per key, in the order of the keys.
+    pub(crate) rows: Vec<Digest>,
     pub(crate) stamp: Stamp,
 }
 

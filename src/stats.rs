@@ -7,6 +7,11 @@ use crossbeam_utils::CachePadded;
 
 use crate::sync::{AtomicU64, Ordering};
 
+mod audits;
+
+pub(crate) use audits::AuditCounters;
+pub use audits::Audits;
+
 /// Counters of one table on one node, since the table was opened. They never go back.
 ///
 /// Identities, in every snapshot: `gets = hits + stale + misses` and `misses = led + joined + declined`. When no load
@@ -52,6 +57,8 @@ pub struct Stats {
     pub refilled: u64,
     /// Entries held, absent ones and ones that are no longer valid included.
     pub entries: u64,
+    /// Hits whose rows were read again.
+    pub audits: Audits,
 }
 
 /// Counters of one node since it started. They never go back.
@@ -127,6 +134,7 @@ pub(crate) struct Counters {
     pub(crate) invalidations: Counter,
     pub(crate) clears: Counter,
     pub(crate) refilled: Counter,
+    pub(crate) audits: AuditCounters,
 }
 
 impl Counters {
@@ -172,6 +180,7 @@ impl Counters {
             clears: self.clears.get(),
             refilled: self.refilled.get(),
             entries,
+            audits: self.audits.snapshot(),
         }
     }
 }

@@ -8,7 +8,10 @@ use std::{
 
 use tokio::sync::{broadcast, watch};
 
-use crate::{change::Change, coherence::Reason};
+use crate::{
+    change::{Change, RowKey},
+    coherence::Reason,
+};
 
 /// Whether entries are served from memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +78,17 @@ pub enum Event {
     Handoff(String),
     /// The spare line was lost, and is opened again; until it covers, losing the other one is a gap. How it was lost.
     SpareLost(String),
+    /// A row was served from memory that was not what Postgres had, and no change on its way explains it. It has been
+    /// forgotten. Only of tables that are audited ([`TableOptions::audit`](crate::TableOptions::audit)). Not in the order of the
+    /// others.
+    Incoherent {
+        /// The table.
+        table: String,
+        /// The key of the row; `None` if messages show keys of this table as hashes.
+        key: Option<RowKey>,
+        /// How long the row had been held.
+        age: Duration,
+    },
     /// The subscriber was too slow, and missed this many events.
     Lagged(u64),
 }

@@ -28,8 +28,6 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::BuildHasher,
-    ops::Deref,
-    sync::atomic::AtomicU32,
 };
 
 use crossbeam_utils::CachePadded;
@@ -39,6 +37,7 @@ use tokio::sync::oneshot;
 use crate::{
     change::RowKey,
     coherence::Incarnation,
+    digest::{Digest, Tenths},
     error::{Error, Kind, Result},
     fill::{Flight, Join, Verdict},
     gate::{Before, Gate, Word},
@@ -49,80 +48,6 @@ use crate::{
     sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
     tables::Member,
 };
-
-/// A value held by the cache, or that has just been loaded: a shared pointer that derefs to the value.
-///
-/// It stays what it is however long it is held: a change makes the *cache* forget the row, not you.
-pub struct Cached<V>(Arc<Entry<V>>);
-
-/// What the cache knows about one key.
-pub(crate) struct Entry<V> {
-    /// What the gate showed when the load started, if the entry was published.
-    word: Word,
-    /// The commits that the load saw were logged before this position.
-    lsn: u64,
-    /// Grows with use: one in [`SAMPLED`](crate::stats::SAMPLED) hits of this thread or another one is counted.
-    heat: AtomicU32,
-    /// `None`: there is no such row.
-    value: Option<V>,
-}
-
-impl<V> Entry<V> {
-    fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
-        Self { word, lsn, heat: AtomicU32::new(0), value }
-    }
-
-    /// Whether the load saw only commits logged before this position, and its entry is of the time when the gate showed this.
-    pub(crate) fn is_within(&self, word: Word, lsn: u64) -> bool {
-        self.word == word && self.lsn <= lsn
-    }
-}
-
-impl<V> Cached<V> {
-    /// The row, if the entry is not about an absent one.
-    pub(crate) fn new(entry: Arc<Entry<V>>) -> Option<Self> {
-        entry.value.is_some().then_some(Self(entry))
-    }
-
-    /// A row that no cache holds.
-    pub(crate) fn loaded(value: Option<V>) -> Option<Self> {
-        Self::new(Arc::new(Entry::new(Word::default(), 0, value)))
-    }
-}
-
-impl<V> Deref for Cached<V> {
-    type Target = V;
-
-    fn deref(&self) -> &V {
-        self.0.value.as_ref().expect("made only of entries that hold a row")
-    }
-}
-
-impl<V> AsRef<V> for Cached<V> {
-    fn as_ref(&self) -> &V {
-        self
-    }
-}
-
-impl<V> Clone for Cached<V> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<V: std::fmt::Debug> std::fmt::Debug for Cached<V> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        (**self).fmt(f)
-    }
-}
-
-impl<V: PartialEq> PartialEq for Cached<V> {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
-}
-
-impl<V: Eq> Eq for Cached<V> {}
 
 /// What a caller who waits for a load receives.
 pub(crate) type Outcome<V> = Result<Answer<V>>;
@@ -165,6 +90,10 @@ pub(crate) struct Store<K, V> {
     /// Calls for [`reclaim`](Member::reclaim) that have not been answered. Whole-table messages can come by the thousand,
     /// from anybody.
     reclaims: AtomicU64,
+    /// Hits that wait to be audited.
+    sample: Sample<K, V>,
+    /// Whether entries have digests.
+    pub(crate) is_audited: bool,
 }
 
 type Stripe<K, V> = CachePadded<Mutex<HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>>>;
@@ -202,6 +131,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
             limits,
             reclaims: AtomicU64::new(0),
+            sample: Sample::default(),
+            is_audited: false,
         }
     }
 
@@ -209,12 +140,28 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit: benches/hit_instructions.rs")]
     #[inline(always)]
     pub(crate) fn lookup(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        self.find(key, true)
+    }
+
+    /// As [`lookup`](Self::lookup), and the hit is not audited: keeping the key at hand for that costs three instructions.
+    #[expect(clippy::inline_always, reason = "as above")]
+    #[inline(always)]
+    pub(crate) fn lookup_unaudited(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        self.find(key, false)
+    }
+
+    #[expect(clippy::inline_always, reason = "as above")]
+    #[inline(always)]
+    fn find(&self, key: &K, audited: bool) -> Option<Arc<Entry<V>>> {
         let entry = self.entries.get(key)?;
         if entry.word != self.gate.word() {
             return None;
         }
         if self.counters.hit() {
             entry.heat.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if audited && self.sample.is_open() {
+                self.take_seat(key, &entry);
+            }
         }
         Some(entry)
     }
@@ -358,7 +305,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Ends the running load of `key`: publishes its result if that is still allowed, and answers all who
     /// waited for it. Returns whether the key must be loaded again.
-    fn finish(&self, key: &K, result: Result<Option<V>>, origin: Origin) -> bool {
+    fn finish(&self, key: &K, (result, digest): (Result<Option<V>>, Digest), origin: Origin) -> bool {
         let counters = &self.counters;
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
@@ -366,7 +313,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let mut evicted = Default::default();
         let mut removed = None;
         let outcome = result.map(|value| {
-            let entry = Arc::new(Entry::new(word, origin.stamp.lsn, value));
+            let entry = Entry { digest, at: origin.at, ..Entry::new(word, origin.stamp.lsn, value) };
+            let entry = Arc::new(entry);
             let verdict = flight.verdict(word);
             if verdict == Verdict::Publish && origin.ours {
                 self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
@@ -463,6 +411,8 @@ pub(crate) struct Origin {
     pub(crate) stamp: Stamp,
     /// They are from the server that the node listens to, and committed.
     pub(crate) ours: bool,
+    /// When the loads started.
+    pub(crate) at: Tenths,
 }
 
 /// The right to load keys of one table: at most [`Limits::runners_max`] exist at a time.
@@ -499,6 +449,15 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
 
     /// Ends the loads of the batch, with one result per key in the order of the keys.
     pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, origin: Origin) {
+        self.finish_digested(results.into_iter().map(|result| (result, Digest::UNKNOWN)), origin);
+    }
+
+    /// As [`finish`](Self::finish), with the digests of the rows.
+    pub(crate) fn finish_digested(
+        &mut self,
+        results: impl IntoIterator<Item = (Result<Option<V>>, Digest)>,
+        origin: Origin,
+    ) {
         for result in results {
             // Key by key: should the `Drop` of a value panic, the rest of the batch is ended by our own `Drop`.
             let key = self.batch.pop_front().expect("one result per key");
@@ -541,7 +500,14 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
     }
 }
 
+mod entry;
+mod sample;
 mod sweep;
+
+pub use entry::Cached;
+pub(crate) use entry::Entry;
+use sample::Sample;
+pub(crate) use sample::Served;
 
 #[cfg(test)]
 #[cfg(not(shuttle))]

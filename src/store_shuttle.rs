@@ -28,7 +28,7 @@ use crate::{
 
 const KEYS: usize = 2;
 
-const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true };
+const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true, at: Tenths::BOOT };
 
 struct World {
     store: Arc<Store<i64, u64>>,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{change::Rows, gate::Words, hashed::Secret};
 
-const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true };
+const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true, at: Tenths::BOOT };
 
 type Wait = oneshot::Receiver<Outcome<&'static str>>;
 type Users = Arc<Store<i64, &'static str>>;

@@ -92,7 +92,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
         let judge = Arc::clone(shared);
         // Without a line nobody knows which server is the right one.
         let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
-        let source = Arc::new(Rows::new(shared.pool.clone(), tracked, shared.config.load_timeout, ours));
+        let source =
+            Arc::new(Rows::new(shared.pool.clone(), tracked, store.is_audited, shared.config.load_timeout, ours));
         Self { store, source, fallback, name: tracked.name.as_str().into(), handle }
     }
 
@@ -143,7 +144,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     #[inline]
     #[must_use]
     pub fn try_get(&self, key: &K) -> Lookup<V> {
-        let entry = self.store.lookup(key);
+        let entry = self.store.lookup_unaudited(key);
         if entry.is_none() {
             self.store.counters.declined.add(1);
         }

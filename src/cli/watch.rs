@@ -156,6 +156,9 @@ impl Printer {
                 format!("{GOOD}handoff{GOOD:#} the second line took over, nothing was missed: {how}")
             }
             Event::SpareLost(how) => format!("{BAD}uncovered{BAD:#} the second line was lost: {how}"),
+            Event::Incoherent { table, .. } => {
+                format!("{BAD}incoherent{BAD:#} {table}: a row was not what Postgres has")
+            }
             Event::Lagged(missed) => {
                 format!("{BAD}lagged{BAD:#} this output was too slow: {missed} events are missing")
             }
@@ -203,6 +206,9 @@ fn as_json(at: SystemTime, event: &Event, latency: Option<Duration>) -> serde_js
         Event::Covered => json!({ "event": "covered", "at": at }),
         Event::Handoff(how) => json!({ "event": "handoff", "at": at, "how": how }),
         Event::SpareLost(how) => json!({ "event": "uncovered", "at": at, "how": how }),
+        Event::Incoherent { table, key, age } => {
+            json!({ "event": "incoherent", "at": at, "table": table, "key": key, "age_s": age.as_secs_f64() })
+        }
         Event::Lagged(missed) => json!({ "event": "lagged", "at": at, "missed": missed }),
         Event::Unreadable { table, error } => {
             json!({ "event": "unreadable", "at": at, "table": table, "error": error })

@@ -20,10 +20,11 @@ use uuid::Uuid;
 
 use crate::{
     coherence::Incarnation,
+    digest::Digest,
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
     postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent},
-    source::{Loaded, Loading, Source, Stamp},
+    source::{Digesting, Digests, Loaded, Loading, Source, Stamp},
 };
 
 /// Loads rows of one table into values of type `V`.
@@ -35,6 +36,8 @@ pub(crate) struct Rows<K, V> {
     key_types: Vec<KeyType>,
     /// Its keys are secrets: errors, which are logged, do not show them.
     hides_keys: bool,
+    /// The table is audited.
+    takes_digests: bool,
     timeout: Duration,
     /// Whether rows with this stamp come from the server that the node listens to, as far as it knows.
     ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
@@ -48,6 +51,7 @@ impl<K: Key, V> Rows<K, V> {
     pub(crate) fn new(
         pool: PgPool,
         table: &TrackedTable,
+        takes_digests: bool,
         timeout: Duration,
         ours: impl Fn(Option<Incarnation>) -> bool + Send + Sync + 'static,
     ) -> Self {
@@ -82,6 +86,7 @@ impl<K: Key, V> Rows<K, V> {
             many,
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
+            takes_digests,
             timeout,
             ours: Box::new(ours),
             types: PhantomData,
@@ -108,6 +113,22 @@ where
     fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
         Box::pin(self.load_together(keys, Instant::now() + self.timeout))
     }
+
+    fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a> {
+        Box::pin(async move {
+            let rows = self.fetch(keys, Instant::now() + self.timeout).await?;
+            let stamp = self.stamp(&rows)?;
+            let mut found = HashMap::with_capacity(rows.len());
+            for row in &rows {
+                let Some(key) = self.key_of(row)? else { continue };
+                if found.insert(key, self.digest(row)?).is_some() {
+                    return Err(self.broken("more than one row has the same key"));
+                }
+            }
+            let rows = keys.iter().map(|key| found.remove(key).unwrap_or(Digest::ABSENT)).collect();
+            Ok(Digests { rows, stamp })
+        })
+    }
 }
 
 impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
@@ -117,7 +138,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     }
 
     async fn load_one_by_one(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
-        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), stamp: Stamp::default() };
+        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), digests: Vec::new(), stamp: Stamp::default() };
         for key in keys {
             match self.load_together(std::slice::from_ref(key), deadline).await {
                 Ok(one) => {
@@ -130,8 +151,12 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                     all.stamp.dirty |= one.stamp.dirty;
                     all.stamp.lsn = all.stamp.lsn.max(one.stamp.lsn);
                     all.rows.extend(one.rows);
+                    all.digests.extend(one.digests);
                 }
-                Err(error) => all.rows.push(Err(error)),
+                Err(error) => {
+                    all.rows.push(Err(error));
+                    all.digests.push(Digest::UNKNOWN);
+                }
             }
         }
         Ok(all)
@@ -234,14 +259,24 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         })
     }
 
-    fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
+    /// The stamp of a statement, which each of its rows has.
+    fn stamp(&self, rows: &[PgRow]) -> Result<Stamp> {
         let first = rows.first().ok_or_else(|| self.broken("the statement returned no row"))?;
-        let stamp = |error| database_error(&format!("reading the stamp of {}", self.table), error);
-        let dirty = first.try_get("rowcache.dirty").map_err(stamp)?;
-        let lsn = first.try_get::<i64, _>("rowcache.lsn").map_err(stamp)?.cast_unsigned();
+        let failed = |error| database_error(&format!("reading the stamp of {}", self.table), error);
+        let dirty = first.try_get("rowcache.dirty").map_err(failed)?;
+        let lsn = first.try_get::<i64, _>("rowcache.lsn").map_err(failed)?.cast_unsigned();
+        Ok(Stamp { incarnation: incarnation(first), dirty, lsn })
+    }
+
+    fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
+        let stamp = self.stamp(rows)?;
+        let mut digests_of = HashMap::with_capacity(if self.takes_digests { rows.len() } else { 0 });
         let mut found = HashMap::with_capacity(rows.len());
         for row in rows {
             let Some(key) = self.key_of(row)? else { continue };
+            if self.takes_digests {
+                digests_of.insert(key.clone(), self.digest(row)?);
+            }
             let value = decode(row)
                 .map_err(|error| Error::with(Kind::Decode, format!("{} could not be decoded", self.row(&key)), error));
             if let Some(_other) = found.insert(key.clone(), value) {
@@ -249,18 +284,33 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                 found.insert(key, Err(Error::new(Kind::Table, message)));
             }
         }
+        let digests = keys.iter().filter(|_| self.takes_digests);
         Ok(Loaded {
+            digests: digests.map(|key| digests_of.get(key).copied().unwrap_or(Digest::ABSENT)).collect(),
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
-            stamp: Stamp { incarnation: incarnation(first), dirty, lsn },
+            stamp,
         })
+    }
+
+    /// Of the columns of the table, as they were received.
+    fn digest(&self, row: &PgRow) -> Result<Digest> {
+        let read = |error| database_error(&format!("reading a row of {}", self.table), error);
+        let raw: Vec<_> =
+            (0..self.columns_of(row)).map(|n| row.try_get_raw(n)).collect::<sqlx::Result<_>>().map_err(read)?;
+        // Only null has no bytes.
+        Ok(Digest::of(raw.iter().map(|value| value.as_bytes().ok())))
+    }
+
+    /// How many columns the table has: the statement ends with those of the key and of the stamp.
+    fn columns_of(&self, row: &PgRow) -> usize {
+        row.len() - self.key_types.len() - STAMP_COLUMNS
     }
 
     /// The key of a row; `None` for the one row that stands for "none found" and carries but the stamp.
     fn key_of(&self, row: &PgRow) -> Result<Option<K>> {
         let read = |error| database_error(&format!("reading the key of {}", self.table), error);
         let types = &self.key_types;
-        // The statement ends with the key columns and those of the stamp.
-        let first = row.len() - types.len() - STAMP_COLUMNS;
+        let first = self.columns_of(row);
         let mut parts = Vec::with_capacity(types.len());
         for (column, of) in (first..).zip(types) {
             let part = match of {

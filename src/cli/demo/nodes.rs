@@ -77,6 +77,7 @@ impl DemoNode {
                 | Event::Covered
                 | Event::Handoff(_)
                 | Event::SpareLost(_)
+                | Event::Incoherent { .. }
                 | Event::Lagged(_) => {}
             }
         }

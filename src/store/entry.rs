@@ -1,0 +1,102 @@
+//! What the cache knows about one key, and how it is handed out.
+
+use std::{ops::Deref, sync::atomic::AtomicU32, time::Duration};
+
+use crate::{
+    coherence::Boot,
+    digest::{Digest, Tenths},
+    gate::Word,
+    sync::Arc,
+};
+
+/// A value held by the cache, or that has just been loaded: a shared pointer that derefs to the value.
+///
+/// It stays what it is however long it is held: a change makes the *cache* forget the row, not you.
+pub struct Cached<V>(Arc<Entry<V>>);
+
+/// What the cache knows about one key.
+pub(crate) struct Entry<V> {
+    /// What the gate showed when the load started, if the entry was published.
+    pub(super) word: Word,
+    /// The commits that the load saw were logged before this position.
+    pub(super) lsn: u64,
+    /// Of the row as it was received, if the table is audited.
+    pub(super) digest: Digest,
+    /// Grows with use: one in [`SAMPLED`](crate::stats::SAMPLED) hits of this thread or another one is counted.
+    pub(super) heat: AtomicU32,
+    /// When the load started.
+    pub(super) at: Tenths,
+    /// `None`: there is no such row.
+    pub(super) value: Option<V>,
+}
+
+impl<V> Entry<V> {
+    pub(super) fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
+        Self { word, lsn, digest: Digest::UNKNOWN, heat: AtomicU32::new(0), at: Tenths::BOOT, value }
+    }
+
+    /// Whether the load saw only commits logged before this position, and its entry is of the time when the gate showed this.
+    pub(crate) fn is_within(&self, word: Word, lsn: u64) -> bool {
+        self.word == word && self.lsn <= lsn
+    }
+
+    pub(crate) fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// The commits that its load saw were logged before this position.
+    pub(crate) fn lsn(&self) -> u64 {
+        self.lsn
+    }
+
+    /// How long ago its load started.
+    pub(crate) fn age(&self, now: Boot) -> Duration {
+        self.at.age(now)
+    }
+}
+
+impl<V> Cached<V> {
+    /// The row, if the entry is not about an absent one.
+    pub(crate) fn new(entry: Arc<Entry<V>>) -> Option<Self> {
+        entry.value.is_some().then_some(Self(entry))
+    }
+
+    /// A row that no cache holds.
+    pub(crate) fn loaded(value: Option<V>) -> Option<Self> {
+        Self::new(Arc::new(Entry::new(Word::default(), 0, value)))
+    }
+}
+
+impl<V> Deref for Cached<V> {
+    type Target = V;
+
+    fn deref(&self) -> &V {
+        self.0.value.as_ref().expect("made only of entries that hold a row")
+    }
+}
+
+impl<V> AsRef<V> for Cached<V> {
+    fn as_ref(&self) -> &V {
+        self
+    }
+}
+
+impl<V> Clone for Cached<V> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<V: std::fmt::Debug> std::fmt::Debug for Cached<V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+impl<V: PartialEq> PartialEq for Cached<V> {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl<V: Eq> Eq for Cached<V> {}

@@ -1,0 +1,168 @@
+//! The audit of rows that were served: it finds what nobody told, and is silent whatever else happens.
+
+#![cfg(feature = "cli")]
+
+#[macro_use]
+mod support;
+mod fixture;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use fixture::{event, hasty, migrated, node, users_db};
+use rowcache::{Event, Node, Table, TableOptions};
+use support::eventually;
+
+/// What happens to the users while they are read and audited, and half of them written; each leaves the table as good as before.
+const CHAOS: [&str; 8] = [
+    "begin; delete from public.users; insert into public.users select n, 'again ' || n from generate_series(1, 10) n; commit",
+    "begin; truncate public.users; insert into public.users select n, 'new ' || n from generate_series(1, 10) n; commit",
+    "select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and application_name like '%(listener)'",
+    "alter table public.users add column extra int default 7",
+    "alter table public.users drop column extra",
+    "alter table public.users alter column name type varchar",
+    "alter table public.users alter column name type text",
+    "vacuum full public.users",
+];
+
+type Users = Table<i64, fixture::User>;
+
+/// Everything that a test does beside its chaos ends with this.
+struct Busy(Arc<AtomicBool>);
+
+impl Busy {
+    fn goes_on(&self) -> bool {
+        !self.0.load(Ordering::Relaxed)
+    }
+}
+
+pg_test! {
+    async fn nothing_that_was_told_is_an_alarm(test: Test) {
+        for expected in ["LISTEN connection", "the triggers or the definition", "cannot verify the triggers"] {
+            test.logs.allow(expected);
+        }
+        let db = users_db(test.version).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let users: Users = node.table_with("public.users", TableOptions::default().audit(1000)).await.expect("opens");
+        let over = Arc::new(AtomicBool::new(false));
+        let mut tasks = Vec::new();
+        for writer in 0..4 {
+            let (busy, client) = (Busy(Arc::clone(&over)), db.client().await);
+            tasks.push(tokio::spawn(async move {
+                let mut n = writer;
+                while busy.goes_on() {
+                    n += 7;
+                    let update = format!("update public.users set name = 'w{n}' where id = {}", n % 5 + 1);
+                    // It may meet a table that is being altered.
+                    let _ = client.batch_execute(&update).await;
+                }
+            }));
+        }
+        for reader in 0..4 {
+            let (busy, users) = (Busy(Arc::clone(&over)), users.clone());
+            tasks.push(tokio::spawn(async move {
+                let mut id = reader;
+                while busy.goes_on() {
+                    // Half of them read only what nobody writes, and so hit all the time.
+                    id = if reader % 2 == 0 { id % 5 + 6 } else { id % 10 + 1 };
+                    // It may meet a gap, or a killed connection.
+                    let _ = users.get(&id).await;
+                    tokio::task::yield_now().await;
+                }
+            }));
+        }
+        for n in 1..=2 {
+            for chaos in CHAOS {
+                db.execute(chaos).await;
+                let seen = users.stats().audits;
+                let decided = async || {
+                    let audits = users.stats().audits;
+                    audits.changed + audits.incoherent > seen.changed && audits.equal > seen.equal
+                };
+                eventually(&format!("audits after chaos {n}: {chaos}"), decided).await;
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+        for task in tasks {
+            task.await.expect("no panic");
+        }
+        let audits = users.stats().audits;
+        assert_eq!(audits.incoherent, 0, "a false alarm: {audits:?}");
+        assert_eq!(audits.audited, audits.equal + audits.changed + audits.skipped);
+    }
+
+    // What an enum's value is called stands in another catalogue, at which no node looks, and no row is written.
+    async fn what_nobody_told_is_found_and_healed(test: Test) {
+        test.logs.allow("a row was served that is not what Postgres has");
+        let db = migrated(test.version).await;
+        db.execute(
+            "create type public.mood as enum ('sad', 'glad');
+             create table public.people (id bigint primary key, mood public.mood not null);
+             insert into public.people select n, 'glad' from generate_series(1, 3) n;
+             select rowcache.track('public.people')",
+        ).await;
+        let node = Node::start(hasty(&db.url)).await.expect("starts");
+        let people: Table<i64, Person> =
+            node.table_with("public.people", TableOptions::default().audit(100)).await.expect("opens");
+        let mut events = node.subscribe();
+        assert_eq!(mood(&people, 1).await, Mood::Glad);
+        db.execute("alter type public.mood rename value 'glad' to 'happy'").await;
+        node.barrier().await.expect("coherent");
+        assert_eq!(mood(&people, 1).await, Mood::Glad, "nobody told");
+        let reading = people.clone();
+        let reader = tokio::spawn(async move {
+            while mood(&reading, 1).await == Mood::Glad {
+                tokio::task::yield_now().await;
+            }
+        });
+        let found = event(&mut events, "an alarm", |event| matches!(event, Event::Incoherent { .. })).await;
+        let Event::Incoherent { table, key: Some(key), .. } = found else { panic!("{found:?}") };
+        assert_eq!((table.as_str(), key.to_string().as_str()), ("public.people", "1"));
+        reader.await.expect("the row is read again");
+        let equal = people.stats().audits.equal;
+        eventually("the row is right now", async || {
+            assert_eq!(mood(&people, 1).await, Mood::Happy);
+            people.stats().audits.equal > equal
+        }).await;
+        let audits = people.stats().audits;
+        assert_eq!(audits.incoherent, 1, "{audits:?}");
+        assert_eq!(audits.within_second + audits.within_minute + audits.within_hour + audits.older, 1);
+    }
+
+    async fn it_is_off_unless_asked_for_and_has_a_limit(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let refused = node.table_with::<i64, fixture::User>("public.users", TableOptions::default().audit(1001)).await;
+        let error = refused.expect_err("too many");
+        assert!(error.is_config() && error.to_string().contains("audit"), "{error}");
+        let users: Users = fixture::users(&node).await;
+        users.get(&1).await.expect("loads");
+        for _ in 0..1000 {
+            assert!(users.try_get(&1).is_known());
+        }
+        let queries = users.stats().queries;
+        for _ in 0..3 {
+            node.barrier().await.expect("coherent");
+        }
+        assert_eq!((users.stats().audits.audited, users.stats().queries), (0, queries));
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
+#[sqlx(type_name = "mood", rename_all = "lowercase")]
+enum Mood {
+    Glad,
+    Happy,
+}
+
+#[derive(sqlx::FromRow)]
+struct Person {
+    mood: Mood,
+}
+
+async fn mood(people: &Table<i64, Person>, id: i64) -> Mood {
+    people.get(&id).await.expect("loads").expect("is there").mood
+}
