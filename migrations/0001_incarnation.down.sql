@@ -34,6 +34,7 @@ drop function if exists rowcache.schema_version();
 drop function if exists rowcache.describe(text);
 drop function if exists rowcache.described(regclass, text);
 drop function if exists rowcache.fingerprints(text[]);
+drop function if exists rowcache.enums(regclass);
 drop view if exists rowcache.tracked;
 drop function if exists rowcache.untrack(regclass);
 drop function if exists rowcache.track(regclass, name[], name[], name[], int, text, boolean);

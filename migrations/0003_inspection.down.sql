@@ -6,3 +6,4 @@ drop function if exists rowcache.schema_version();
 drop function if exists rowcache.describe(text);
 drop function if exists rowcache.described(regclass, text);
 drop function if exists rowcache.fingerprints(text[]);
+drop function if exists rowcache.enums(regclass);

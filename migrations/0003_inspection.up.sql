@@ -2,6 +2,33 @@
 --
 -- Locks: none on tables of yours. May be run again.
 
+create or replace function rowcache.enums(relation regclass) returns text
+  -- A function of its own: for most tables it is not called, and need not be prepared.
+  language plpgsql stable
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    with recursive kind(oid) as (
+      select a.atttypid from pg_attribute a where a.attrelid = relation and a.attnum > 0
+      union
+      select u.oid
+      from kind k
+      join pg_type y on y.oid = k.oid
+      cross join lateral (
+        select y.typelem
+        union all select y.typbasetype
+        union all select f.atttypid from pg_attribute f where f.attrelid = y.typrelid and f.attnum > 0
+        union all select r.rngsubtype from pg_range r where y.oid in (r.rngtypid, r.rngmultitypid)
+      ) as u(oid)
+      where u.oid >= 16384
+    )
+    select sum(e.xmin::text::bigint)::text from kind k join pg_enum e on e.enumtypid = k.oid
+  );
+end
+$$;
+comment on function rowcache.enums(regclass) is 'Changes when a value of an enum changes that a column is made of';
+
 create or replace function rowcache.fingerprints(names text[]) returns table (name text, fingerprint text)
   -- plpgsql, so that its plan is kept for the session.
   language plpgsql stable
@@ -42,6 +69,13 @@ begin
           (select string_agg(concat_ws(',', i.inhparent, i.xmin), ' ' order by i.inhparent)
             from pg_inherits i where i.inhrelid = t.member),
           exists (select from pg_subscription_rel s where s.srrelid = t.member),
+          -- What a reader is shown, though no row changes: who may see which row, and what the values of enums are called.
+          (select sum(p.xmin::text::bigint) from pg_policy p where p.polrelid = t.member),
+          -- Types of Postgres itself, whose numbers are below 16384, are not made of enums.
+          case when (
+            -- The largest, since EXISTS is planned as a hash over the whole catalogue.
+            select max(a.atttypid) from pg_attribute a where a.attrelid = t.member and a.attnum > 0
+          ) >= 16384 then rowcache.enums(t.member) end,
           (
             select string_agg(
               concat_ws(',', g.tgname, g.xmin, g.tgenabled, g.tgfoid,

@@ -198,9 +198,9 @@ async fn what_nobody_told_is_found_counted_told_and_forgotten() {
         assert_eq!((audits.audited, audits.incoherent, audits.within_hour), (1, 1, 1), "{audits:?}");
         assert!(world.store.peek(&1).is_none(), "forgotten");
         let told = loop {
-            match world.events.recv().await.expect("the node lives") {
-                Event::Incoherent { table, key, age } => break (table, key, age.as_secs()),
-                _ => {}
+            let event = world.events.recv().await.expect("the node lives");
+            if let Event::Incoherent { table, key, age } = event {
+                break (table, key, age.as_secs());
             }
         };
         let key = (!hashed).then(|| RowKey::new(&1_i64.to_parts()));

@@ -43,6 +43,8 @@ pg_test! {
                 create table p1a partition of p1 default; create table loose (like p including all);
                 create table i (id int primary key, v int); create table ia () inherits (i); create table ib () inherits (ia);
                 select rowcache.track('p'), rowcache.track('i')").await;
+        db.run("create type mood as enum ('sad', 'glad'); create domain temper as mood; create type inner_life as (now temper[]);
+                create table m (id int primary key, lives inner_life[]); select rowcache.track('m')").await;
         let function = "do $$ begin execute (select pg_get_functiondef(tgfoid) from pg_trigger
             where tgrelid = 't'::regclass and tgname = 'zz_rowcache_insert'); end $$";
         let cases = [
@@ -81,6 +83,11 @@ pg_test! {
             ("public.i", "alter table ib inherit ia"),
             ("public.i", "create table ic () inherits (ib)"),
             ("public.i", "drop trigger zz_rowcache_insert on ib"),
+            ("public.m", "alter type mood rename value 'glad' to 'happy'"),
+            ("public.m", "alter table m enable row level security"),
+            ("public.m", "create policy few on m using (id < 5)"),
+            ("public.m", "alter policy few on m using (id < 7)"),
+            ("public.m", "drop policy few on m"),
         ];
         for (table, sql) in cases {
             let before = db.fingerprint(table).await;
