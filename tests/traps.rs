@@ -43,6 +43,7 @@ mod loads;
 #[path = "traps/order.rs"]
 mod order;
 #[path = "cli/program.rs"]
+#[allow(dead_code)] // the program is the subject of `cli.rs`; here it is asked once
 mod program;
 #[path = "traps/slow.rs"]
 mod slow;
@@ -111,7 +112,8 @@ fn each_trap_has_one_test_which_the_table_names() {
         .collect();
     for n in 1..=23 {
         let is_it = |row: &&(String, String)| row.0.starts_with(&format!("trap_{n:02}_"));
-        let (rows, tests): (Vec<_>, Vec<_>) = (rows.iter().filter(is_it).collect(), tests.iter().filter(is_it).collect());
+        let (rows, tests): (Vec<_>, Vec<_>) =
+            (rows.iter().filter(is_it).collect(), tests.iter().filter(is_it).collect());
         assert_eq!((rows.len(), tests.len()), (1, 1), "trap {n}: {rows:?} {tests:?}");
         assert_eq!(rows, tests, "the table, and what there is");
     }

@@ -42,13 +42,13 @@ pg_test! {
         let db = support::database_on(&primary, test.version).await;
         fixture::migrate(&db).await;
         db.execute(fixture::USERS).await;
+        let replica = primary.standby().await.expect("makes a standby");
         let to_pool = Proxy::start(primary.port()).await;
         let mut config = hasty(&to_pool.url(&db.url));
         config.listener = hasty(&db.url).listener;
         let node = Node::start(config.clone()).await.expect("starts");
         let users = users(&node).await;
         name(&users, 1).await;
-        let replica = primary.standby().await.expect("makes a standby");
         let on_replica = connect(&replica.url(&db.name)).await;
         let old = async |what: &str| {
             let row = on_replica.query_opt("select name from public.users where id = 1", &[]).await.expect(what);

@@ -29,7 +29,24 @@ fn assert_adds_up(stats: &Stats) {
 fn counters(stats: &Stats) -> [u64; 16] {
     let Stats { gets, hits, stale, misses, led, joined, declined, loads, published, .. } = *stats;
     let Stats { voided, uncached, failed, queries, invalidations, clears, refilled, .. } = *stats;
-    [gets, hits, stale, misses, led, joined, declined, loads, published, voided, uncached, failed, queries, invalidations, clears, refilled]
+    [
+        gets,
+        hits,
+        stale,
+        misses,
+        led,
+        joined,
+        declined,
+        loads,
+        published,
+        voided,
+        uncached,
+        failed,
+        queries,
+        invalidations,
+        clears,
+        refilled,
+    ]
 }
 
 /// A row whose decoder panics.
