@@ -1,5 +1,7 @@
 //! Writes that must be told, must not be harmed by that, and cannot be told without their triggers.
 
+use std::cell::RefCell;
+
 use rowcache::{Event, Node, Reason, Rows, Status, Table};
 
 use crate::{
@@ -118,7 +120,20 @@ pg_test! {
                     assert!(rows.peek(&id).is_known());
                 }
             }
+            let mut events = node.subscribe();
             db.execute(truncate).await;
+            let told = if empties_parent { &["public.users", "public.children", "public.parted"][..] } else { &["public.parted"] };
+            let missing = RefCell::new(told.to_vec());
+            // Not left to the fence, which would see that the table has another file.
+            event(&mut events, "all of them are told", |event| {
+                if let Event::Change(change) = event
+                    && change.rows == Rows::All
+                {
+                    missing.borrow_mut().retain(|table| change.table.as_deref() != Some(table));
+                }
+                missing.borrow().is_empty()
+            })
+            .await;
             node.barrier().await.expect("coherent");
             for id in [1, 7] {
                 assert_eq!(name(&parted, id).await, None, "{truncate}");
