@@ -27,6 +27,7 @@
 //! | `trap_23_the_load_that_is_stuck` | a load that hung, panicked or was cancelled blocked its key | `limits.rs` |
 
 #![cfg(feature = "cli")]
+#![allow(clippy::doc_markdown)] // names of other projects are not code
 
 #[macro_use]
 mod support;
