@@ -21,7 +21,7 @@ pg_test! {
         let texts: Texts = node.table("texts").await.expect("opens");
         let client = db.client().await;
         // Bytes: what just fits into a message, what just does not, and what no index would take if it could not be packed.
-        for key in ["x".repeat(1), "ß".repeat(4000), "x".repeat(10_000)] {
+        for key in ["x".to_owned(), "ß".repeat(4000), "x".repeat(10_000)] {
             assert!(texts.get(&key).await.expect("loads").is_none());
             client.execute("insert into texts values ($1, 'long')", &[&key]).await.expect("the writer is not harmed");
             node.barrier().await.expect("coherent");
