@@ -216,11 +216,14 @@ pg_test! {
         // A snapshot that may be old: only a transaction that somebody began has an isolation that is not the session's.
         db.run("begin isolation level repeatable read").await;
         assert_eq!(dirty().await.as_deref(), Some("true"));
-        db.run("rollback; set default_transaction_isolation = 'repeatable read'").await;
+        db.run("rollback").await;
+        db.run("set default_transaction_isolation = 'repeatable read'").await;
         assert_eq!(dirty().await.as_deref(), Some("false"));
         db.run("begin isolation level serializable").await;
         assert_eq!(dirty().await.as_deref(), Some("true"));
-        db.run("rollback; reset default_transaction_isolation; begin").await;
+        db.run("rollback").await;
+        db.run("reset default_transaction_isolation").await;
+        db.run("begin").await;
         assert_eq!(dirty().await.as_deref(), Some("false"), "each statement has a snapshot of its own");
         db.run("rollback").await;
     }
