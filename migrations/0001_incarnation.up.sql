@@ -38,11 +38,16 @@ create or replace view rowcache.stamp as
 select
   (select c.id from rowcache.canary c) as canary,
   (extract(epoch from pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint as started,
-  pg_catalog.pg_current_xact_id_if_assigned() is not null as dirty,
+  -- Has written what may yet be rolled back; or was begun by hand with an isolation of its own, so that its snapshot may be
+  -- from long before this statement. (Where sessions default to another isolation, each statement begins by itself.)
+  pg_catalog.pg_current_xact_id_if_assigned() is not null
+    or pg_catalog.current_setting('transaction_isolation') <> 'read committed'
+      and pg_catalog.current_setting('transaction_isolation') <> pg_catalog.current_setting('default_transaction_isolation')
+    as dirty,
   -- Read after the snapshot was taken: whatever the snapshot shows was logged before this position.
   (pg_catalog.pg_current_wal_insert_lsn() - '0/0'::pg_catalog.pg_lsn)::bigint as lsn;
 comment on view rowcache.stamp is
-  'One row, read with every load. canary: null if lost. started: of the server, microseconds since 1970. dirty: this transaction has written. lsn: everything seen was logged before it';
+  'One row, read with every load. canary: null if lost. started: of the server, microseconds since 1970. dirty: this transaction has written, or may have an old snapshot. lsn: everything seen was logged before it';
 grant select on rowcache.stamp to public;
 
 create or replace function rowcache.token() returns text

@@ -33,7 +33,8 @@ pub struct Config {
     /// Where the pool connects to.
     pub pool_connect: PgConnectOptions,
     /// The pool's size and time limits. The pool is the node's own, and nobody else's code runs on its connections:
-    /// one that was left inside a transaction could load from an old snapshot, and nothing would tell. Default: at
+    /// one that was left inside a transaction could load from an old snapshot. That is noticed, and nothing is kept then,
+    /// unless the sessions' default isolation is above `read committed`: hooks must leave no transaction open. Default: at
     /// most 5 connections, [`loads_max`](Self::loads_max) and one for notifications, none of them held while idle for
     /// long.
     pub pool: PgPoolOptions,

@@ -45,7 +45,7 @@ pub(crate) struct Digests {
 pub(crate) struct Stamp {
     /// The server that answered; `None` when it has lost its canary, that is, after a crash or a promotion.
     pub(crate) incarnation: Option<Incarnation>,
-    /// The statement saw its own transaction's uncommitted changes (X14).
+    /// The statement may have seen its own transaction's uncommitted changes (X14), or a snapshot from before it was sent (X31).
     pub(crate) dirty: bool,
     /// The commits that it saw were logged before this position.
     pub(crate) lsn: u64,

@@ -8,7 +8,7 @@ mod fixture;
 
 use fixture::{User, migrated, name, node, users, users_db};
 use rowcache::{Config, Error, Event, Node, Table};
-use sqlx::{FromRow, postgres::PgRow};
+use sqlx::FromRow;
 
 /// The error of something that must fail, with all its causes.
 fn refused<T>(result: Result<T, Error>) -> (Error, String) {
@@ -131,27 +131,6 @@ pg_test! {
         assert!(!users.peek(&1).is_known());
     }
 
-    async fn a_decoder_that_panics_harms_only_its_row(test: Test) {
-        #[derive(Debug)]
-        struct Grumpy;
-        impl<'r> FromRow<'r, PgRow> for Grumpy {
-            fn from_row(row: &'r PgRow) -> sqlx::Result<Self> {
-                let id: i64 = sqlx::Row::try_get(row, "id")?;
-                assert!(id != 3, "not three!");
-                Ok(Self)
-            }
-        }
-        let db = users_db(test.version).await;
-        let node = node(&db).await;
-        let users: Table<i64, Grumpy> = node.table("users").await.expect("opens");
-        for _ in 0..2 {
-            let (error, text) = refused(users.get_many(&[1, 2, 3]).await);
-            assert!(error.is_decode() && text.contains("public.users 3") && text.contains("not three!"), "{text}");
-        }
-        assert!(users.peek(&1).is_known() && users.peek(&2).is_known() && !users.peek(&3).is_known());
-        assert!(users.get(&2).await.expect("hits").is_some());
-    }
-
     async fn a_value_that_panics_when_it_is_dropped_harms_nobody_else(test: Test) {
         #[derive(Debug, FromRow)]
         struct Bomb {
@@ -255,21 +234,6 @@ pg_test! {
         config.listener = other.url.parse().expect("a good URL");
         let (error, text) = refused(Node::start(config).await);
         assert!(error.is_config() && text.contains("different servers or databases"), "{text}");
-    }
-
-    async fn keys_of_8000_bytes(test: Test) {
-        let db = migrated(test.version).await;
-        db.execute("create table texts (k text primary key, v text); select rowcache.track('texts')").await;
-        let node = node(&db).await;
-        let texts: Table<String, (String, String)> = node.table("texts").await.expect("opens");
-        let key = "ß".repeat(4000);
-        assert!(texts.get(&key).await.expect("loads").is_none());
-        let client = db.client().await;
-        client.execute("insert into texts values ($1, 'long')", &[&key]).await.expect("the writer is not harmed");
-        node.barrier().await.expect("coherent");
-        assert_eq!(texts.get(&key).await.expect("loads").expect("exists").1, "long");
-        texts.invalidate(&key).await.expect("sent, as a change of the whole table");
-        assert!(!texts.peek(&key).is_known());
     }
 }
 

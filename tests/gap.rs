@@ -20,15 +20,8 @@ use rowcache::cli::temp_server::{Stop, TempServer};
 use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
 use support::{
     eventually,
-    proxy::{Close, Flow, Proxy},
+    proxy::{Close, Proxy},
 };
-
-const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
-    where datname = current_database() and application_name like '%(listener)'";
-const KILL_SENDERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
-    where datname = current_database() and application_name like '%(control)'";
-const KILL_ALL: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
-    where datname = current_database() and pid <> pg_backend_pid()";
 
 const LOST: &str = "LISTEN connection was lost";
 const AGAIN: &str = "cannot restore the LISTEN connection";
@@ -48,85 +41,6 @@ async fn twins(version: support::Version) -> ([TempServer; 2], support::TestDb, 
 }
 
 pg_test! {
-    // sqlx `recv`, eventstore #309, shamichan #1095: what was sent while the listener was away was lost, and
-    // nobody noticed.
-    async fn a_killed_backend_is_a_gap_and_a_new_epoch(test: Test) {
-        test.logs.allow(LOST);
-        let db = users_db(test.version).await;
-        let node = node(&db).await;
-        let users = users(&node).await;
-        for kill in [KILL_LISTENERS, KILL_SENDERS, KILL_ALL] {
-            let mut events = node.subscribe();
-            name(&users, 1).await;
-            assert!(users.peek(&1).is_known());
-            db.execute(kill).await;
-            gap_and_recovery(&mut events).await;
-            assert!(matches!(users.peek(&1), Lookup::Unknown), "{kill}: nothing from before the gap is served");
-            db.execute("update public.users set name = name || '!' where id = 1").await;
-            node.barrier().await.expect("coherent");
-            assert!(name(&users, 1).await.expect("exists").ends_with('!'));
-        }
-        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1!!!"));
-    }
-
-    async fn a_change_made_while_nobody_listened_is_seen(test: Test) {
-        test.logs.allow(LOST);
-        test.logs.allow(AGAIN);
-        let db = users_db(test.version).await;
-        let mut proxy = Proxy::start(db.port).await;
-        let mut config = hasty(&db.url);
-        config.listener = hasty(&proxy.url(&db.url)).listener;
-        let node = Node::start(config).await.expect("starts");
-        let users = users(&node).await;
-        name(&users, 1).await;
-        let mut events = node.subscribe();
-        proxy.refuse().await;
-        proxy.close_all(Close::Rst).await;
-        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
-        let Status::Bypassed { why: Reason::ConnectionLost(_), .. } = node.status() else {
-            panic!("{:?}", node.status())
-        };
-        assert!(matches!(users.status(), Status::Bypassed { why: Reason::ConnectionLost(_), .. }));
-        assert!(node.barrier().await.is_err_and(|error| error.is_unavailable()), "no barrier without a line");
-        db.execute("update public.users set name = 'in the gap' where id = 1").await;
-        assert_eq!(name(&users, 1).await.as_deref(), Some("in the gap"), "reads go to Postgres");
-        assert!(matches!(users.peek(&1), Lookup::Unknown), "and nothing is kept");
-        db.execute("update public.users set name = 'later in the gap' where id = 1").await;
-        assert_eq!(name(&users, 1).await.as_deref(), Some("later in the gap"));
-        proxy.accept().await;
-        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
-        assert_eq!(name(&users, 1).await.as_deref(), Some("later in the gap"));
-        assert!(users.peek(&1).is_known());
-    }
-
-    // PostgREST #4670, switch #415 (16 minutes deaf): the link is alive, and deaf.
-    async fn silence_is_noticed_within_the_lease(test: Test) {
-        test.logs.allow(AGAIN);
-        // The link that is cut at the end may belong to a line that was quick to come back.
-        test.logs.allow(LOST);
-        let db = users_db(test.version).await;
-        let proxy = Proxy::start(db.port).await;
-        let mut config = hasty(&db.url);
-        config.listener = hasty(&proxy.url(&db.url)).listener;
-        let (timeout, lease) = (config.beat_timeout, config.lease);
-        let node = Node::start(config).await.expect("starts");
-        let users = users(&node).await;
-        name(&users, 1).await;
-        let mut events = node.subscribe();
-        proxy.set_both(Flow::Swallow);
-        // From here on no message reaches the node. A change of this moment must not be hidden for longer than
-        // the lease; the bound is checked by what is served, not by a stopwatch.
-        db.execute("update public.users set name = 'unheard' where id = 1").await;
-        let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
-            unreachable!()
-        };
-        assert!(matches!(why, Reason::BeatLate | Reason::LeaseExpired), "{why} ({timeout:?}, {lease:?})");
-        assert_eq!(name(&users, 1).await.as_deref(), Some("unheard"));
-        proxy.set_both(Flow::Pass);
-        proxy.close_all(Close::Rst).await;
-        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
-    }
-
     // Tasks stand still when their threads are blocked, and with them fences, the applier and timers.
     async fn a_blocked_runtime_cannot_hold_on_to_the_lease(test: Test) {
         test.logs.allow(AGAIN);
@@ -154,29 +68,6 @@ pg_test! {
         freed.wait();
         assert!(!served, "the row is still served");
         gap_and_recovery(&mut events).await;
-    }
-
-    // sqlx's error path, shamichan #1095: the first attempts to come back fail.
-    async fn a_server_that_is_stopped_and_started_again(test: Test) {
-        test.logs.allow(LOST);
-        test.logs.allow(AGAIN);
-        let mut server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
-        let node = Node::start(hasty(&db.url)).await.expect("starts");
-        let users = users(&node).await;
-        name(&users, 1).await;
-        let mut events = node.subscribe();
-        server.stop(Stop::Fast).await.expect("stops");
-        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
-        let error = users.get(&1).await.expect_err("nobody can answer");
-        assert!(error.is_unavailable() || error.is_timeout(), "{error:?}");
-        server.start().await.expect("starts again");
-        db.execute("update public.users set name = 'after the restart' where id = 1").await;
-        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
-        assert_eq!(name(&users, 1).await.as_deref(), Some("after the restart"));
-        assert!(users.peek(&1).is_known(), "and it is cached again");
     }
 
     // X5: a crash may undo a commit that was seen, and hand out its transaction id again.
@@ -271,7 +162,6 @@ pg_test! {
         }
     }
 
-    // lovego, mission-control #3455, Logflare #2132: a table without its trigger served stale rows.
     async fn x21_triggers_that_are_tampered_with_put_their_table_in_doubt(test: Test) {
         test.logs.allow("the triggers or the definition of this table changed");
         let db = users_db(test.version).await;
@@ -400,54 +290,6 @@ pg_test! {
         .await;
     }
 
-    // Logflare #1816: the queue of a slow consumer grew without bound.
-    async fn a_flood_that_outruns_the_applier_becomes_one_flush(test: Test) {
-        test.logs.allow("more changes came in than could be applied");
-        let db = users_db(test.version).await;
-        let mut config = Config::from_url(&db.url).expect("a good URL");
-        config.inbox_bytes_max = 4_000;
-        let node = Node::start(config).await.expect("starts");
-        let users = users(&node).await;
-        name(&users, 1).await;
-        let mut events = node.subscribe();
-        // One transaction, so that the messages arrive in one piece.
-        db.execute(
-            "do $$ begin for n in 1..20000 loop
-                 perform pg_notify('rowcache', '{\"v\":1,\"t\":\"public.other\",\"k\":[' || n || ']}');
-             end loop; end $$",
-        )
-        .await;
-        node.barrier().await.expect("a fence survives the flood");
-        let flushed = event(&mut events, "a flush", |event| match event {
-            Event::Change(change) => change.table.is_none(),
-            _ => false,
-        });
-        flushed.await;
-        assert!(!users.peek(&1).is_known());
-        assert!(matches!(node.status(), Status::Coherent { .. }));
-        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
-    }
-
-    async fn an_update_of_a_million_rows(test: Test) {
-        let db = users_db(test.version).await;
-        db.execute("insert into public.users select n, 'x' from generate_series(11, 1000000) n").await;
-        let (one, two) = (node(&db).await, node(&db).await);
-        for node in [&one, &two] {
-            let users = users(node).await;
-            assert_eq!(name(&users, 999_999).await.as_deref(), Some("x"));
-        }
-        let mut events = one.subscribe();
-        db.execute("update public.users set name = 'y'").await;
-        for node in [&one, &two] {
-            node.barrier().await.expect("coherent");
-            assert_eq!(name(&users(node).await, 999_999).await.as_deref(), Some("y"));
-        }
-        let Event::Change(change) = event(&mut events, "the change", |event| matches!(event, Event::Change(_))).await else {
-            unreachable!()
-        };
-        assert_eq!(change.rows, rowcache::Rows::All, "one message, not a million");
-    }
-
     async fn an_exhausted_pool_is_a_timeout_that_says_so(test: Test) {
         let db = users_db(test.version).await;
         db.execute("create table other (id bigint primary key); select rowcache.track('other')").await;
@@ -471,45 +313,6 @@ pg_test! {
         node.barrier().await.expect("coherent");
         client.batch_execute("rollback").await.expect("unlocks");
         assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
-    }
-
-    // Caffeine #175, #1478: a load that hangs blocked its key for ever.
-    async fn a_load_that_hangs_times_out_and_frees_its_key_and_its_connection(test: Test) {
-        let db = users_db(test.version).await;
-        db.execute("create table other (id bigint primary key); select rowcache.track('other')").await;
-        let mut config = Config::from_url(&db.url).expect("a good URL");
-        config.pool = config.pool.max_connections(1);
-        config.load_timeout = Duration::from_millis(300);
-        let node = Node::start(config).await.expect("starts");
-        let users = users(&node).await;
-        let other: Table<i64, (i64,)> = node.table("other").await.expect("opens");
-        let client = db.client().await;
-        client.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
-        let (first, second) = tokio::join!(users.get(&1), users.get(&1));
-        for outcome in [first, second] {
-            let error = outcome.expect_err("nobody can read");
-            assert!(error.is_timeout() && error.to_string().contains("load_timeout"), "{error:?}");
-        }
-        // The statement that was given up still waits for the lock, on the one connection that the pool may have.
-        assert!(other.get(&7).await.expect("another connection took its place").is_none());
-        client.batch_execute("rollback").await.expect("unlocks");
-        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"), "the key is free again");
-        let rows = users.get_many(&[2, 3, 4]).await.expect("loads");
-        let names: Vec<_> = rows.iter().flatten().map(|user| user.name.as_str()).collect();
-        assert_eq!(names, ["user 2", "user 3", "user 4"], "no answer of the load that was given up turns up elsewhere");
-    }
-
-    // cacheops #22: a fill from a transaction with an old snapshot.
-    async fn sessions_that_default_to_repeatable_read_load_fresh_rows(test: Test) {
-        let db = users_db(test.version).await;
-        db.execute(&format!("alter database {} set default_transaction_isolation = 'repeatable read'", db.name)).await;
-        let node = node(&db).await;
-        let users = users(&node).await;
-        for n in 0..5 {
-            db.execute(&format!("update public.users set name = 'n{n}' where id = 1")).await;
-            node.barrier().await.expect("coherent");
-            assert_eq!(name(&users, 1).await, Some(format!("n{n}")));
-        }
     }
 
     async fn x11_a_stuck_commit_is_doubt_and_not_silence(test: Test) {

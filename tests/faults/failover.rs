@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use rowcache::{
-    Config, Node, Reason, Status,
+    Config, Reason, Status,
     cli::temp_server::{Stop, TempServer},
 };
 
@@ -154,13 +154,6 @@ pg_test! {
         pair.to_listener.close_all(Close::Rst).await;
         subject.is_back().await;
         subject.reads_the_new_primary().await;
-    }
-
-    async fn a_pool_that_reaches_a_standby_is_refused(test: Test) {
-        let pair = Pair::new(&test).await;
-        pair.to_pool.retarget(pair.new.port());
-        let error = Node::start(pair.config()).await.expect_err("its rows lag behind");
-        assert!(error.is_standby() && error.to_string().contains("pool"), "{error:?}");
     }
 
     // `host=a,b target_session_attrs=read-write`: the usual way to follow a primary without a proxy.

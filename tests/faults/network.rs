@@ -114,26 +114,6 @@ pg_test! {
         assert!(listeners.iter().all(|connection| connection.is_open()), "and there was no gap");
     }
 
-    // A pooler, or a wrong hand, takes the registration away; the connection is as good as ever, and deaf.
-    async fn a_registration_that_is_gone_is_noticed(test: Test) {
-        allow_gaps(&test.logs);
-        let db = users_db(test.version).await;
-        let (mut proxy, config) = line_through_proxy(&db).await;
-        let mut subject = Subject::new(&db, config).await;
-        proxy.refuse().await;
-        let before = Instant::now();
-        for connection in part(&proxy, "(listener") {
-            connection.execute("unlisten *").await;
-        }
-        subject.write(2).await;
-        let why = subject.gap().await;
-        assert!(matches!(why, Reason::BeatLate | Reason::LeaseExpired), "{why}");
-        subject.is_bypassed(before).await;
-        subject.reads_postgres().await;
-        proxy.accept().await;
-        subject.is_back().await;
-    }
-
     async fn all_connections_of_the_pool_end_at_once(test: Test) {
         allow_gaps(&test.logs);
         let db = users_db(test.version).await;

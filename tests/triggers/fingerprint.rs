@@ -219,5 +219,19 @@ pg_test! {
         db.run("begin; update t set v = 1").await;
         assert_eq!(db.text("select dirty from rowcache.stamp").await.as_deref(), Some("true"));
         db.run("rollback").await;
+        let dirty = async || db.text("select dirty from rowcache.stamp").await;
+        // A snapshot that may be old: only a transaction that somebody began has an isolation that is not the session's.
+        db.run("begin isolation level repeatable read").await;
+        assert_eq!(dirty().await.as_deref(), Some("true"));
+        db.run("rollback").await;
+        db.run("set default_transaction_isolation = 'repeatable read'").await;
+        assert_eq!(dirty().await.as_deref(), Some("false"));
+        db.run("begin isolation level serializable").await;
+        assert_eq!(dirty().await.as_deref(), Some("true"));
+        db.run("rollback").await;
+        db.run("reset default_transaction_isolation").await;
+        db.run("begin").await;
+        assert_eq!(dirty().await.as_deref(), Some("false"), "each statement has a snapshot of its own");
+        db.run("rollback").await;
     }
 }
