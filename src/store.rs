@@ -72,6 +72,12 @@ impl<V> Entry<V> {
         Self { word, lsn, heat: AtomicU32::new(0), value }
     }
 
+    /// The row; `None` if there is none.
+    #[cfg(fuzzing)]
+    pub(crate) fn row(&self) -> Option<&V> {
+        self.value.as_ref()
+    }
+
     /// Whether the load saw only commits logged before this position, and its entry is of the time when the gate showed this.
     pub(crate) fn is_within(&self, word: Word, lsn: u64) -> bool {
         self.word == word && self.lsn <= lsn
@@ -542,6 +548,9 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
 }
 
 mod sweep;
+
+#[cfg(any(test, fuzzing))]
+mod whole;
 
 #[cfg(test)]
 #[cfg(not(shuttle))]
