@@ -162,6 +162,10 @@ struct Wire<'a> {
 impl Message {
     /// Reads a message of any content.
     pub(crate) fn parse(payload: &str) -> Self {
+        // Serde reads a struct from a list as well, field by field. No list is in the grammar, and none names a table.
+        if !payload.trim_ascii_start().starts_with('{') {
+            return Self::Unreadable { table: None, error: "not a JSON object".into() };
+        }
         Self::read(payload).unwrap_or_else(|error| Self::Unreadable { table: named_table(payload), error })
     }
 
@@ -416,6 +420,8 @@ mod tests {
             "",
             "null",
             "[]",
+            r#"["a.b"]"#,
+            r#"[1,"a.b",7,[1],{},null,null,false,null,null,null]"#,
             "garbage",
             "{}",
             r#"{"v":1}"#,

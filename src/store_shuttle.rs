@@ -39,6 +39,8 @@ struct World {
     channel: Mutex<Channel>,
     applied: Mutex<[u64; KEYS]>,
     returned: Mutex<[u64; KEYS]>,
+    /// Of the runners. They go on for a moment after they have answered.
+    tasks: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
 #[derive(Default)]
@@ -80,6 +82,7 @@ impl World {
             channel: Mutex::new(Channel { listening: true, ..Channel::default() }),
             applied: Mutex::new([1; KEYS]),
             returned: Mutex::new([0; KEYS]),
+            tasks: Mutex::new(Vec::new()),
         };
         world.tables.set_coherent(true);
         world.tables.add("t", Trust::default(), &(store as Arc<dyn Member>));
@@ -147,6 +150,15 @@ impl World {
         }
     }
 
+    /// Nothing is under way any more.
+    fn assert_at_rest(&self) {
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
+        for task in tasks {
+            task.join().unwrap();
+        }
+        self.store.assert_at_rest();
+    }
+
     fn get(self: &Arc<Self>, key: usize, mood: Mood, accidents: bool) {
         let mut at_least = lock(&self.applied)[key].max(lock(&self.returned)[key]);
         let current = lock(&self.database)[key];
@@ -162,7 +174,8 @@ impl World {
                 let asked = self.store.ask(&name, join, &mut wanted);
                 for runner in self.store.enqueue(wanted) {
                     let world = Arc::clone(self);
-                    thread::spawn(move || world.run(runner, accidents));
+                    let task = thread::spawn(move || world.run(runner, accidents));
+                    lock(&self.tasks).push(task);
                 }
                 match asked {
                     Asked::Hit(entry) => Some(entry),
@@ -236,7 +249,7 @@ fn scenario(plan: Plan) {
         }
         world.get(key, Mood::Coherent, false);
     }
-    world.store.assert_at_rest();
+    world.assert_at_rest();
     if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.accidents {
         // Each key: one load for the first reader, and one after each of its changes.
         let loads = world.store.counters.snapshot(0).loads;

@@ -162,7 +162,7 @@ fn scenario() {
     while node.world.apply() {}
     node.check();
     node.world.get(0, Mood::Coherent, false);
-    node.world.store.assert_at_rest();
+    node.world.assert_at_rest();
 }
 
 #[test]
@@ -190,6 +190,6 @@ fn shuttle_a_deaf_line_against_the_end_of_the_lease() {
         together(&node, steps);
         assert!(node.world.store.lookup(&0).is_none());
         node.check();
-        node.world.store.assert_at_rest();
+        node.world.assert_at_rest();
     });
 }

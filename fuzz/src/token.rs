@@ -13,6 +13,8 @@ pub struct Input<'a> {
     running: BTreeSet<u64>,
     xids: Vec<u64>,
     text: &'a str,
+    /// Text of what tokens are made of, and a little more.
+    like_a_token: Vec<u8>,
 }
 
 pub fn run(input: &Input<'_>) {
@@ -21,6 +23,9 @@ pub fn run(input: &Input<'_>) {
     assert_eq!(text.parse::<Token>().expect("a token"), token);
     assert!(text.len() <= 40 && text.bytes().all(|byte| b"0123456789abcdef.".contains(&byte)), "{text}");
     any_token(input.text);
+    let alphabet = b"0123456789abcdefF.+- ";
+    let like = input.like_a_token.iter().map(|n| char::from(alphabet[usize::from(*n) % alphabet.len()]));
+    any_token(&format!("1.{}", like.collect::<String>()));
 
     // As Postgres makes them: what runs is between the two.
     let (xmin, xmax) = (input.xmin.min(input.xmax), input.xmin.max(input.xmax));
