@@ -22,6 +22,8 @@ use crate::{
 const BEFORE: Duration = Duration::from_secs(1);
 const AFTER: Duration = Duration::from_secs(2);
 
+// TODO(coverage): this one stays green when the word's orderings are weakened to Relaxed, and so does the next one; those of
+// the horizon and of the reclaims do not.
 /// Who finds a gate open knows what was done before it was opened: LISTEN has returned, so that a load may start (I1).
 #[test]
 fn loom_an_open_gate_shows_what_came_before_it() {
@@ -31,7 +33,6 @@ fn loom_an_open_gate_shows_what_came_before_it() {
         let opener = thread::spawn(move || {
             let (gate, listening) = &*opener;
             let mut words = Words::default();
-            // Not only for the story: loom takes the first store of a thread for seen by whoever spawned it.
             gate.show(words.fresh(false), Before::Stale);
             listening.store(1, Ordering::Relaxed);
             gate.show(words.fresh(true), Before::Forgotten);
