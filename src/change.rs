@@ -162,6 +162,10 @@ struct Wire<'a> {
 impl Message {
     /// Reads a message of any content.
     pub(crate) fn parse(payload: &str) -> Self {
+        // Serde reads a struct from a list as well, field by field. No list is in the grammar, and none names a table.
+        if !payload.trim_ascii_start().starts_with('{') {
+            return Self::Unreadable { table: None, error: "not a JSON object".into() };
+        }
         Self::read(payload).unwrap_or_else(|error| Self::Unreadable { table: named_table(payload), error })
     }
 
@@ -170,16 +174,17 @@ impl Message {
         if wire.v != VERSION {
             return Err(format!("version {} is not {VERSION}", wire.v));
         }
-        let rows = match (wire.f, wire.all, wire.k, wire.i.zip(wire.h)) {
-            (Some(nonce), false, None, None) if wire.t.is_none() => {
-                let (Some(snapshot), Some(lsn)) = (wire.s, wire.l) else {
-                    return Err("a fence without its snapshot and position".into());
-                };
+        // Nothing is left over: a field that stands where the grammar has none may mean more than the others say.
+        let fence = (wire.f, wire.s, wire.l);
+        let rows = match (wire.t.is_some(), wire.all, wire.k, wire.i, wire.h, fence) {
+            (false, false, None, None, None, (Some(nonce), Some(snapshot), Some(lsn)))
+                if wire.x.is_none() && wire.c.is_empty() =>
+            {
                 return Ok(Self::Fence(nonce, Mark { snapshot: snapshot.parse()?, lsn }));
             }
-            (None, true, None, None) => Rows::All,
-            (None, false, Some(keys), None) if wire.t.is_some() => Rows::Keys(keys),
-            (None, false, None, Some((secret, hashes))) if wire.t.is_some() => {
+            (_, true, None, None, None, (None, None, None)) => Rows::All,
+            (true, false, Some(keys), None, None, (None, None, None)) => Rows::Keys(keys),
+            (true, false, None, Some(secret), Some(hashes), (None, None, None)) => {
                 Rows::Hashed { secret: secret.into_owned(), hashes }
             }
             _ => return Err("neither keys of a table, nor a whole table, nor a fence".into()),
@@ -415,6 +420,8 @@ mod tests {
             "",
             "null",
             "[]",
+            r#"["a.b"]"#,
+            r#"[1,"a.b",7,[1],{},null,null,false,null,null,null]"#,
             "garbage",
             "{}",
             r#"{"v":1}"#,
@@ -436,6 +443,9 @@ mod tests {
             r#"{"v":1,"t":"a.b","k":7}"#,
             r#"{"v":1,"t":"a.b","h":["000102030405060708090a0b0c0d0eff"]}"#,
             r#"{"v":1,"t":"a.b","i":"0011","h":["0001"]}"#,
+            r#"{"v":1,"t":"a.b","k":[1],"i":"0011"}"#,
+            r#"{"v":1,"t":"a.b","k":[1],"h":["000102030405060708090a0b0c0d0eff"]}"#,
+            r#"{"v":1,"t":"a.b","k":[1],"l":7}"#,
             r#"{"v":1,"t":"a.b","i":"0011","h":["000102030405060708090a0b0c0d0e+f"]}"#,
             r#"{"v":1,"t":"a.b","i":"0011","h":[7]}"#,
             r#"{"v":1,"t":"a.b","i":"0011","h":["000102030405060708090a0b0c0d0eff"],"k":[1]}"#,

@@ -111,6 +111,11 @@ impl<W> Flight<W> {
         }
     }
 
+    #[cfg(any(all(test, shuttle), fuzzing))]
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.state, State::Running { .. })
+    }
+
     /// The running load has ended, however it ended.
     pub(crate) fn finish(&mut self) -> Landing<W> {
         let waiting = std::mem::replace(&mut self.waiting, std::mem::take(&mut self.next));

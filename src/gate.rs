@@ -63,6 +63,7 @@ impl Gate {
 
     /// Whether an entry under `word` was put out of service by a gap, and by nothing else.
     pub(crate) fn is_stale(&self, word: Word) -> bool {
+        // Asked after the word was read, which alone would order the two; so it holds whatever was read before.
         word.is_coherent() && self.0.stale.load(Ordering::Acquire) == word.0
     }
 

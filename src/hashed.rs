@@ -159,7 +159,7 @@ impl<K: Key> Hashed<K> {
         lock(&self.index).keys.remove(hash)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn len(&self) -> usize {
         lock(&self.index).keys.len()
     }

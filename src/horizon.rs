@@ -1,5 +1,6 @@
 //! How far this node is, for readers: two numbers that are read without a lock, and written when a fence counts, after the
-//! gates have moved. So who reads one of them, and then an entry, never takes the entry for fresher than it is.
+//! gates have moved. So who reads one of them, and then an entry, never takes the entry for fresher than it is. For that, Release
+//! and Acquire are enough (`loom_tests.rs`).
 
 use std::time::Duration;
 
@@ -21,18 +22,18 @@ impl Horizon {
     /// A fence was applied.
     pub(crate) fn advance(&self, as_of: Boot, lsn: u64) {
         let nanos = u64::try_from(as_of.as_nanos()).expect("a machine that has been up for less than 584 years");
-        self.as_of.store(nanos, Ordering::SeqCst);
-        self.lsn.store(lsn, Ordering::SeqCst);
+        self.as_of.store(nanos, Ordering::Release);
+        self.lsn.store(lsn, Ordering::Release);
     }
 
     /// What is applied may not be all that was committed any more.
     pub(crate) fn gap(&self) {
-        self.lsn.store(0, Ordering::SeqCst);
+        self.lsn.store(0, Ordering::Release);
     }
 
     /// The time since everything visible was last known to have been applied.
     pub(crate) fn age(&self, now: Boot) -> Duration {
-        match self.as_of.load(Ordering::SeqCst) {
+        match self.as_of.load(Ordering::Acquire) {
             0 => Duration::MAX,
             nanos => now.saturating_sub(Duration::from_nanos(nanos)),
         }
@@ -40,7 +41,7 @@ impl Horizon {
 
     /// Every commit logged up to this position has been applied. 0 in a gap.
     pub(crate) fn covered(&self) -> u64 {
-        self.lsn.load(Ordering::SeqCst)
+        self.lsn.load(Ordering::Acquire)
     }
 }
 

@@ -99,6 +99,9 @@ mod digest;
 mod error;
 mod fill;
 mod freshness;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 mod hashed;
 mod horizon;
@@ -107,6 +110,8 @@ mod keeper;
 mod key;
 mod lines;
 mod load;
+#[cfg(all(test, loom_core))]
+mod loom_tests;
 mod node;
 mod postgres;
 mod refill;

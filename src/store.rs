@@ -503,6 +503,8 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
 mod entry;
 mod sample;
 mod sweep;
+#[cfg(any(all(test, shuttle), fuzzing))]
+mod whole;
 
 pub use entry::Cached;
 pub(crate) use entry::Entry;

@@ -10,10 +10,12 @@
 //! * a read that asks for what is current while the gate is closed returns nothing older than the database was when it
 //!   began (X4);
 //! * when all is quiet and the channel is drained, whatever is held equals the database (I1);
-//! * nobody waits for ever (the model checker reports a deadlock).
+//! * nobody waits for ever (the model checker reports a deadlock);
+//! * at the end the store is at rest (`store/whole.rs`): no flight, no runner, the index of hashes is what is held, and the
+//!   counters add up.
 //!
-//! Run: `RUSTFLAGS="--cfg shuttle" cargo test --lib --release shuttle`. `SHUTTLE_ITERATIONS` sets the number of
-//! schedules; a failure prints the schedule, to be replayed with `shuttle::replay`.
+//! Run: `RUSTFLAGS="--cfg shuttle" cargo test --lib --release shuttle`. `SHUTTLE_ITERATIONS` sets the number of schedules; a
+//! failure prints its schedule, and `SHUTTLE_SCHEDULE=` with that text, and the name of the test, plays it again.
 
 use std::collections::VecDeque as Deque;
 
@@ -37,6 +39,8 @@ struct World {
     channel: Mutex<Channel>,
     applied: Mutex<[u64; KEYS]>,
     returned: Mutex<[u64; KEYS]>,
+    /// Of the runners. They go on for a moment after they have answered.
+    tasks: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
 #[derive(Default)]
@@ -78,6 +82,7 @@ impl World {
             channel: Mutex::new(Channel { listening: true, ..Channel::default() }),
             applied: Mutex::new([1; KEYS]),
             returned: Mutex::new([0; KEYS]),
+            tasks: Mutex::new(Vec::new()),
         };
         world.tables.set_coherent(true);
         world.tables.add("t", Trust::default(), &(store as Arc<dyn Member>));
@@ -145,6 +150,15 @@ impl World {
         }
     }
 
+    /// Nothing is under way any more.
+    fn assert_at_rest(&self) {
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
+        for task in tasks {
+            task.join().unwrap();
+        }
+        self.store.assert_at_rest();
+    }
+
     fn get(self: &Arc<Self>, key: usize, mood: Mood, accidents: bool) {
         let mut at_least = lock(&self.applied)[key].max(lock(&self.returned)[key]);
         let current = lock(&self.database)[key];
@@ -160,7 +174,8 @@ impl World {
                 let asked = self.store.ask(&name, join, &mut wanted);
                 for runner in self.store.enqueue(wanted) {
                     let world = Arc::clone(self);
-                    thread::spawn(move || world.run(runner, accidents));
+                    let task = thread::spawn(move || world.run(runner, accidents));
+                    lock(&self.tasks).push(task);
                 }
                 match asked {
                     Asked::Hit(entry) => Some(entry),
@@ -234,10 +249,7 @@ fn scenario(plan: Plan) {
         }
         world.get(key, Mood::Coherent, false);
     }
-    if let Some(hashed) = &world.store.hashed {
-        world.store.sweep();
-        assert!(hashed.len() <= KEYS, "{} hashes of {KEYS} keys", hashed.len());
-    }
+    world.assert_at_rest();
     if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.accidents {
         // Each key: one load for the first reader, and one after each of its changes.
         let loads = world.store.counters.snapshot(0).loads;
@@ -246,8 +258,16 @@ fn scenario(plan: Plan) {
 }
 
 fn check(plan: Plan) {
-    shuttle::check_random(move || scenario(plan), iterations());
-    shuttle::check_pct(move || scenario(plan), iterations(), 3);
+    explore(move || scenario(plan));
+}
+
+/// Plays a scenario in many schedules, or in the one that is asked for.
+fn explore(scenario: impl Fn() + Clone + Send + Sync + 'static) {
+    if let Ok(schedule) = std::env::var("SHUTTLE_SCHEDULE") {
+        return shuttle::replay(scenario, schedule.trim());
+    }
+    shuttle::check_random(scenario.clone(), iterations());
+    shuttle::check_pct(scenario, iterations(), 3);
 }
 
 fn iterations() -> usize {
@@ -303,8 +323,34 @@ fn shuttle_a_sweep_against_a_read_and_a_change() {
         assert!(held.is_none() || held == Some(Some(3)), "{held:?} is stale for ever");
         world.get(0, Mood::Coherent, false);
     };
-    shuttle::check_random(scenario, iterations());
-    shuttle::check_pct(scenario, iterations(), 3);
+    explore(scenario);
+}
+
+/// A failure is worth something only if it can be played again.
+#[test]
+fn shuttle_a_schedule_that_fails_fails_again() {
+    let lost_update = || {
+        let sum = Arc::new(AtomicU64::new(0));
+        let threads = [1, 2].map(|n| {
+            let sum = Arc::clone(&sum);
+            thread::spawn(move || sum.store(sum.load(Ordering::SeqCst) + n, Ordering::SeqCst))
+        });
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(sum.load(Ordering::SeqCst), 3, "an update is lost");
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = shuttle::Config::new();
+    config.failure_persistence = shuttle::FailurePersistence::File(Some(directory.path().to_owned()));
+    let search = || {
+        let scheduler = shuttle::scheduler::RandomScheduler::new(1000);
+        shuttle::Runner::new(scheduler, config.clone()).run(lost_update);
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(search)).expect_err("found");
+    let file = std::fs::read_dir(directory.path()).unwrap().next().expect("a schedule").unwrap();
+    let schedule = std::fs::read_to_string(file.path()).unwrap();
+    std::panic::catch_unwind(|| shuttle::replay(lost_update, &schedule)).expect_err("found again");
 }
 
 #[test]
@@ -331,3 +377,6 @@ fn shuttle_reads_against_accidents() {
 fn shuttle_reads_against_evictions() {
     check(Plan { capacity: 1, clears: true, ..CALM });
 }
+
+#[path = "store_shuttle_lease.rs"]
+mod lease;

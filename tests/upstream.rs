@@ -1,4 +1,4 @@
-//! What we rely on, and others promise or merely do: Postgres and the drivers. A new version that changes an answer
+//! What we rely on, and others promise or merely do: Postgres, the drivers, and quick_cache. A new version that changes an answer
 //! fails here, and not in production.
 
 #![cfg(feature = "cli")]
@@ -6,6 +6,8 @@
 #[macro_use]
 mod support;
 mod fixture;
+#[path = "upstream/quick_cache.rs"]
+mod quick;
 
 use std::{future::poll_fn, time::Duration};
 

@@ -35,6 +35,12 @@ impl<V> Entry<V> {
         Self { word, lsn, digest: Digest::UNKNOWN, heat: AtomicU32::new(0), at: Tenths::BOOT, value }
     }
 
+    /// The row; `None` if there is none.
+    #[cfg(fuzzing)]
+    pub(crate) fn row(&self) -> Option<&V> {
+        self.value.as_ref()
+    }
+
     /// Whether the load saw only commits logged before this position, and its entry is of the time when the gate showed this.
     pub(crate) fn is_within(&self, word: Word, lsn: u64) -> bool {
         self.word == word && self.lsn <= lsn
