@@ -1,4 +1,4 @@
-//! What `src/store.rs` and `src/store/` rely on in quick_cache. Placeholders and `clear`, `retain`, `drain`, `replace` and
+//! What `src/store.rs` and `src/store/` rely on in `quick_cache`. Placeholders and `clear`, `retain`, `drain`, `replace` and
 //! `set_capacity` are not used, so that what they do to loads under way is nothing to us.
 
 use std::sync::{
