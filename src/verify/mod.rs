@@ -3,11 +3,13 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | `history`, `checker` | what happened in a run, and whether it was allowed |
+//! | `model` | every state that the protocol can reach, within bounds |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
 
 pub mod checker;
 pub mod history;
+mod model;
 
 use std::process::ExitCode;
 
@@ -23,7 +25,9 @@ pub struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Model(model::Model),
+}
 
 impl Cli {
     /// Does what was asked.
@@ -36,6 +40,8 @@ impl Cli {
     ///
     /// Not to be cancelled: processes that it started may go on.
     pub async fn run(self) -> Result<ExitCode> {
-        match self.command {}
+        match self.command {
+            Command::Model(model) => tokio::task::block_in_place(|| model.run()),
+        }
     }
 }
