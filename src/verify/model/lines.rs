@@ -1,10 +1,6 @@
 //! Lines and fences: what reaches the node, and what it sends (`lines.rs`, `keeper.rs`, `relay.rs`, `inbox.rs`).
 
-use crate::{
-    coherence::Reason,
-    inbox::Item,
-    relay::Loss,
-};
+use crate::{coherence::Reason, inbox::Item, relay::Loss};
 
 use super::{
     node::{Context, Line, Position, State, Statement, incarnation, mark, nonce},
@@ -352,6 +348,8 @@ fn to_item(message: Message) -> Item {
 fn from_item(item: &Item) -> Message {
     match item {
         Item::Overflow => Message::Everything,
+        // A fence that nobody waits for: the production drops it. There is no fence 0.
+        Item::Message(text) if text.starts_with('{') => Message::Fence { nonce: 0, horizon: Horizon::default() },
         Item::Message(text) => {
             let mut numbers = text.split(' ').map(|number| number.parse().expect("a number"));
             let txn = numbers.next().expect("a transaction");

@@ -179,9 +179,8 @@ impl State {
     pub(super) fn look_up(&mut self, context: &Context<'_>, n: usize) {
         let Client::Pair { word, covered, first, applied } = self.clients.remove(n) else { unreachable!("a pair") };
         let by_position = context.rules.on(Protection::SnapshotPosition);
-        let within = |entry: &super::node::Entry| {
-            entry.word == word && (!by_position || u64::from(entry.lsn) <= covered)
-        };
+        let within =
+            |entry: &super::node::Entry| entry.word == word && (!by_position || u64::from(entry.lsn) <= covered);
         let found = self.node.entries[usize::from(first.is_some())].filter(within);
         match (found, first) {
             // Not from memory, then.
@@ -209,7 +208,9 @@ impl State {
 
     /// And what is held of the row is forgotten before it answers.
     pub(super) fn end_direct(&mut self, context: &Context<'_>, n: usize) {
-        let Client::Direct { key, caller, version, incarnation } = self.clients.remove(n) else { unreachable!("direct") };
+        let Client::Direct { key, caller, version, incarnation } = self.clients.remove(n) else {
+            unreachable!("direct")
+        };
         if context.rules.on(Protection::DirectForgets) {
             self.node.invalidate(context, key);
         }

@@ -83,7 +83,11 @@ fn markdown_row(scenario: &Scenario, outcome: &Outcome) -> String {
 /// What a scenario shows; of one that must be violated, what is done in place of the rule.
 pub(super) fn what(scenario: &Scenario) -> String {
     let instead: Vec<&str> = scenario.off.iter().map(|protection| protection.instead()).collect();
-    if instead.is_empty() { scenario.shows.into() } else { format!("*without the rule:* {}", instead.join("; ")) }
+    if !scenario.shows.is_empty() {
+        scenario.shows.into()
+    } else {
+        format!("*without the rule:* {}", instead.join("; "))
+    }
 }
 
 /// `holds`, or what was violated; and what was expected, if that is something else.

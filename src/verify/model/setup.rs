@@ -201,7 +201,9 @@ impl Property {
 
     pub(super) fn wrong(self) -> &'static str {
         match self {
-            Self::Covered => "everything has been applied, and yet an entry is served that is not what the row is (I1): it may stay so for ever",
+            Self::Covered => {
+                "everything has been applied, and yet an entry is served that is not what the row is (I1): it may stay so for ever"
+            }
             Self::Applied => "a read that began after a change was applied returns what was before it (I2)",
             Self::Monotonic => "a read returns an older row than one that ended before it began (I2)",
             Self::Fenced => "a fenced read misses a change that was visible before it began (I4)",

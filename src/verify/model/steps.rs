@@ -193,9 +193,8 @@ impl Protocol {
         let (world, setup) = (&state.world, &self.setup);
         for n in 0..setup.writers.len() {
             // Equal writers begin in order: any other order is the same with other names.
-            let waits = |before: usize| {
-                setup.writers[before] == setup.writers[n] && world.txns[before].stage == Stage::Idle
-            };
+            let waits =
+                |before: usize| setup.writers[before] == setup.writers[n] && world.txns[before].stage == Stage::Idle;
             if world.txns[n].stage > Stage::Idle || !(0..n).any(waits) {
                 steps.push(Step::Commit(u8::try_from(n).expect("few writers")));
             }

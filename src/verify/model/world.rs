@@ -59,11 +59,19 @@ pub(super) struct Horizon {
 /// What the node receives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Message {
-    Change { txn: u8, key: u8 },
-    All { txn: u8 },
+    Change {
+        txn: u8,
+        key: u8,
+    },
+    All {
+        txn: u8,
+    },
     /// Stands for what did not fit, or is not known any more.
     Everything,
-    Fence { nonce: u8, horizon: Horizon },
+    Fence {
+        nonce: u8,
+        horizon: Horizon,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -142,7 +150,8 @@ impl World {
         let stage = self.txns[usize::from(n)].stage;
         let locked = |key: usize| {
             let holds = |txn: &Txn| {
-                matches!(txn.stage, Stage::Writing | Stage::Queued | Stage::Logged) && txn.wrote[key] != Version::default()
+                matches!(txn.stage, Stage::Writing | Stage::Queued | Stage::Logged)
+                    && txn.wrote[key] != Version::default()
             };
             self.txns.iter().any(holds)
         };
