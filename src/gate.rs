@@ -87,7 +87,7 @@ mod states {
         hash::{Hash, Hasher},
     };
 
-    use super::*;
+    use super::{AtomicU64, CachePadded, Gate, Ordering, Shown};
 
     impl Gate {
         fn shows(&self) -> (u64, u64) {

@@ -41,7 +41,7 @@ impl Cli {
     /// Not to be cancelled: processes that it started may go on.
     pub async fn run(self) -> Result<ExitCode> {
         match self.command {
-            Command::Model(model) => tokio::task::block_in_place(|| model.run()),
+            Command::Model(model) => tokio::task::spawn_blocking(move || model.run()).await?,
         }
     }
 }

@@ -83,10 +83,10 @@ fn markdown_row(scenario: &Scenario, outcome: &Outcome) -> String {
 /// What a scenario shows; of one that must be violated, what is done in place of the rule.
 pub(super) fn what(scenario: &Scenario) -> String {
     let instead: Vec<&str> = scenario.off.iter().map(|protection| protection.instead()).collect();
-    if !scenario.shows.is_empty() {
-        scenario.shows.into()
-    } else {
+    if scenario.shows.is_empty() {
         format!("*without the rule:* {}", instead.join("; "))
+    } else {
+        scenario.shows.into()
     }
 }
 
@@ -109,7 +109,7 @@ fn grouped(n: usize) -> String {
     let digits = n.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at) % 3 == 0 {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);

@@ -17,6 +17,9 @@ use super::{
     steps::{Protocol, Step},
 };
 
+/// The states from the start on, each with the step that left it.
+pub(super) type Way = Vec<(State, Option<Step>)>;
+
 /// How a scenario came out.
 pub(super) struct Outcome {
     pub(super) setup: Setup,
@@ -27,8 +30,8 @@ pub(super) struct Outcome {
     /// The longest way from the start, in steps.
     pub(super) depth: usize,
     pub(super) time: Duration,
-    /// What did not hold, and how: the states, each with the step that left it.
-    pub(super) violated: Option<(Property, Vec<(State, Option<Step>)>)>,
+    /// What did not hold, and how it came to that.
+    pub(super) violated: Option<(Property, Way)>,
     /// What was to be reached and was not.
     pub(super) missing: Vec<Fact>,
     /// As expected.

@@ -27,6 +27,7 @@ pub(super) const ALL: Writer = Writer { keys: 0b11, all: true };
 
 /// The bounds. Every number is how often the thing happens at most.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a bound of its own")]
 pub(super) struct Setup {
     pub(super) transport: Transport,
     pub(super) keys: usize,

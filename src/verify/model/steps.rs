@@ -71,7 +71,6 @@ impl Protocol {
     }
 
     fn step(&self, state: &mut State, step: Step, context: &Context<'_>) -> bool {
-        let up_before = state.node.is_up();
         match step {
             Step::Commit(n) => {
                 if !state.world.advance(&self.setup, n) {
@@ -145,6 +144,15 @@ impl Protocol {
                 state.begin_direct(key);
             }
             Step::EndDirect(n) => state.end_direct(context, n),
+            _ => return self.outside(state, step, context),
+        }
+        true
+    }
+
+    /// What happens to servers and clocks.
+    fn outside(&self, state: &mut State, step: Step, context: &Context<'_>) -> bool {
+        let up_before = state.node.is_up();
+        match step {
             Step::Crash { keep } => {
                 state.left.crashes -= 1;
                 state.fail(context, keep, false);
@@ -181,11 +189,11 @@ impl Protocol {
                 node.perform(context, actions);
                 state.give_up_lines(context);
             }
+            _ => unreachable!("{step:?} happens to the node"),
         }
-        if up_before && !state.node.is_up() && matches!(step, Step::Look | Step::Suspend) {
+        if up_before && !state.node.is_up() {
             (context.note)(Fact::Expired);
         }
-        state.inspect(context);
         true
     }
 
@@ -339,7 +347,12 @@ impl Model for Protocol {
 
     fn next_state(&self, state: &State, step: Step) -> Option<State> {
         let mut next = state.clone();
-        self.with(|context| self.step(&mut next, step, context)).then_some(next)
+        let done = self.with(|context| {
+            let done = self.step(&mut next, step, context);
+            next.inspect(context);
+            done
+        });
+        done.then_some(next)
     }
 
     fn properties(&self) -> Vec<Checked<Self>> {
