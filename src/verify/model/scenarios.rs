@@ -212,7 +212,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "lease",
         "K1",
         "a lease, a clock, beats, and connections that break unnoticed",
-        [CLOCK, Setup { ticks: 7, fences: 7, drops: 1, writers: &[A, A], asks: 3, stale: true, ..CLOCK }],
+        [Setup { ticks: 4, fences: 2, drops: 0, asks: 1, ..CLOCK }, Setup { stale: true, ..CLOCK }],
         &[Fact::HitNewest, Fact::LeaseTight, Fact::Expired, Fact::Reopened],
     ),
     holds(
