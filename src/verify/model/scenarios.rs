@@ -211,7 +211,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     holds(
         "lease",
         "K1",
-        "a lease, a clock, beats, and connections that break unnoticed",
+        "a lease, a clock, and beats that are late or lost",
         [Setup { ticks: 4, fences: 2, drops: 0, asks: 1, ..CLOCK }, Setup { stale: true, ..CLOCK }],
         &[Fact::HitNewest, Fact::LeaseTight, Fact::Expired, Fact::Reopened],
     ),
@@ -312,7 +312,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "T1–T4",
         "the second transport: late committers, lost polls",
         [
-            Setup { drops: 1, fenced: 1, asks: 1, ..LOG },
+            Setup { drops: 1, fenced: 1, asks: 1, fences: 2, writers: &[A], ..LOG },
             Setup { drops: 1, fenced: 1, writers: &[A, AB, B], keys: 2, ..LOG },
         ],
         &[Fact::HitNewest, Fact::FencedRead, Fact::Voided],
