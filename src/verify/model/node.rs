@@ -192,7 +192,7 @@ impl State {
             flights: Default::default(),
             loads: Vec::new(),
             inbox: Vec::new(),
-            lines: vec![line],
+            lines: if setup.transport == Transport::Log { Vec::new() } else { vec![line] },
             relay,
             statements: Vec::new(),
             position: None,
