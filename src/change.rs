@@ -124,7 +124,7 @@ pub(crate) enum Message {
 }
 
 /// How far the database was when a fence was sent.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Mark {
     /// All that it sees had queued their messages before the fence.
     pub(crate) snapshot: Snapshot,

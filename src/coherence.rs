@@ -33,7 +33,7 @@ pub(crate) type Boot = Duration;
 ///
 /// The canary row is emptied by a crash, on a promoted standby and in a restored backup; the start time tells
 /// apart servers that share a copied canary. Source: `tests/upstream.rs`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Incarnation {
     pub(crate) canary: Uuid,
     /// When the server was started, in microseconds since 1970.
@@ -41,7 +41,7 @@ pub(crate) struct Incarnation {
 }
 
 /// How often, how long, how late.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Timing {
     /// A fence is sent this long after the last one.
     pub(crate) beat: Duration,
@@ -54,7 +54,7 @@ pub(crate) struct Timing {
 }
 
 /// Why a node is not coherent.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
     /// The node has not been coherent yet.
@@ -102,7 +102,7 @@ pub(crate) enum Action {
 }
 
 /// A fence to be sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Fence {
     pub(crate) number: u64,
     pub(crate) nonce: Uuid,
@@ -111,6 +111,7 @@ pub(crate) struct Fence {
     pub(crate) probe: bool,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Coherence {
     timing: Timing,
     line: Line,
@@ -130,6 +131,7 @@ pub(crate) struct Coherence {
     mark: Option<Mark>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
     fence: Fence,
     sent_at: Boot,
@@ -139,6 +141,7 @@ struct UnderWay {
     applied: Option<Mark>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Line {
     /// Not listening.
     Down { since: Boot, reason: Reason },

@@ -22,6 +22,7 @@
 use crate::gate::Word;
 
 /// The load of one key, from the first caller who asks until nobody waits any more. `W` is a waiting caller.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Flight<W> {
     state: State,
     waiting: Vec<W>,
@@ -29,6 +30,7 @@ pub(crate) struct Flight<W> {
     next: Vec<W>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     /// Not started: whatever is invalidated now, the load will see.
     Queued,
@@ -50,7 +52,7 @@ pub(crate) enum Join {
 }
 
 /// What a finished load's result may be used for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Verdict {
     /// Publish it: the node was coherent when the load started, and nothing has happened since.
     Publish,

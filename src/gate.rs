@@ -12,7 +12,7 @@ use crossbeam_utils::CachePadded;
 use crate::sync::{AtomicU64, Ordering};
 
 /// What a gate shows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Word(u64);
 
 impl Word {
@@ -23,7 +23,7 @@ impl Word {
 }
 
 /// Deals out words that have never been shown before. One per node.
-#[derive(Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Words(u64);
 
 impl Words {
@@ -77,5 +77,47 @@ impl Gate {
             Before::Forgotten => self.0.stale.store(0, Ordering::Release),
         }
         self.0.word.store(word.0, Ordering::Release);
+    }
+}
+
+/// The model of `src/verify/model/` keeps the states of a node, and tells them apart.
+#[cfg(feature = "verify")]
+mod states {
+    use std::{
+        fmt,
+        hash::{Hash, Hasher},
+    };
+
+    use super::{AtomicU64, CachePadded, Gate, Ordering, Shown};
+
+    impl Gate {
+        fn shows(&self) -> (u64, u64) {
+            (self.0.word.load(Ordering::Acquire), self.0.stale.load(Ordering::Acquire))
+        }
+    }
+
+    impl Clone for Gate {
+        fn clone(&self) -> Self {
+            let (word, stale) = self.shows();
+            Self(CachePadded::new(Shown { word: AtomicU64::new(word), stale: AtomicU64::new(stale) }))
+        }
+    }
+
+    impl PartialEq for Gate {
+        fn eq(&self, other: &Self) -> bool {
+            self.shows() == other.shows()
+        }
+    }
+
+    impl Hash for Gate {
+        fn hash<H: Hasher>(&self, state: &mut H) {
+            self.shows().hash(state);
+        }
+    }
+
+    impl fmt::Debug for Gate {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            self.shows().fmt(f)
+        }
     }
 }

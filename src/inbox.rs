@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use crate::sync::{Mutex, lock};
 
 /// One thing to apply, in the order of the channel.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Item {
     /// A message of the channel, as it came.
     Message(String),

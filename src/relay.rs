@@ -23,9 +23,10 @@ use uuid::Uuid;
 use crate::{change::Message, coherence::Boot, inbox::Item};
 
 /// Tells lines apart, those that were given up too: what still arrives from them is nobody's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct LineId(u64);
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Relay<L> {
     bytes_max: usize,
     last_id: u64,
@@ -33,6 +34,7 @@ pub(crate) struct Relay<L> {
     spare: Option<Spare<L>>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Spare<L> {
     id: LineId,
     line: L,
@@ -44,6 +46,7 @@ struct Spare<L> {
     bytes: usize,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Sent {
     nonce: Uuid,
     at: Boot,

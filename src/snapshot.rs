@@ -10,7 +10,7 @@
 use std::str::FromStr;
 
 /// A snapshot of the primary.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Snapshot {
     xmin: u64,
     xmax: u64,

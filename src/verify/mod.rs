@@ -3,6 +3,7 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
+//! | `model` | every state that the protocol can reach, within bounds |
 //! | `mutants` | takes out one protection after another, and sees that something notices |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
@@ -10,6 +11,7 @@
 pub mod checker;
 mod facts;
 pub mod history;
+mod model;
 mod mutants;
 mod story;
 
@@ -28,6 +30,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Model(model::Model),
     /// Takes out one protection after another, and sees that something notices.
     #[command(after_help = mutants::HELP)]
     Mutants(mutants::Options),
@@ -45,6 +48,7 @@ impl Cli {
     /// Not to be cancelled: processes that it started may go on.
     pub async fn run(self) -> Result<ExitCode> {
         match self.command {
+            Command::Model(model) => tokio::task::spawn_blocking(move || model.run()).await?,
             Command::Mutants(options) => tokio::task::spawn_blocking(move || mutants::run(&options)).await?,
         }
     }

@@ -37,7 +37,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/fill.rs",
         text: "            *void = true;\n",
         instead: "            let _ = void;\n",
-        catchers: &[Unit("x1_an_invalidation"), Test("races", "x1_a_change"), Schedules("reads_against_changes")],
+        catchers: &[Unit("x1_an_invalidation"), Test("traps", "trap_01"), Schedules("reads_against_changes")],
     },
     Mutant {
         name: "remove",
@@ -61,7 +61,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/fill.rs",
         text: "if !void && will_do(word)",
         instead: "if (!void || void) && will_do(word)",
-        catchers: &[Unit("x1_an_invalidation"), Test("races", "x1_a_change"), Schedules("reads_against_changes")],
+        catchers: &[Unit("x1_an_invalidation"), Test("traps", "trap_01"), Schedules("reads_against_changes")],
     },
     Mutant {
         name: "word-at-start",
@@ -71,7 +71,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         instead: "State::Running { word: _, void: false } => Verdict::Publish",
         catchers: &[
             Unit("x8_a_load_that_began_before_a_clear"),
-            Test("races", "x8_"),
+            Test("traps", "x8_"),
             Schedules("reads_against_clears"),
         ],
     },
@@ -162,8 +162,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "shared-fence",
         protection: "who asks for a fence gets one that starts later (X9)",
         file: "src/coherence.rs",
-        text: "                self.wanted = self.wanted.max(self.started + 1);\n                Ok(self.started + 1)",
-        instead: "                Ok(self.started.max(1))",
+        text: "Line::Up => Ok(self.started + 1),",
+        instead: "Line::Up => Ok(self.started.max(1)),",
         catchers: &[Unit("x9_")],
     },
     Mutant {

@@ -1,0 +1,80 @@
+//! Loads: the three moments of one, and what `Store::start`, `Store::finish` and `Shared::is_ours` do in them.
+
+use crate::{coherence::Reason, fill::Verdict};
+
+use super::{
+    node::{Context, Entry, Load, Sight, State, incarnation},
+    protection::Protection,
+    setup::Fact,
+};
+
+impl State {
+    /// A runner takes the key: the word is noted, before the statement is sent.
+    pub(super) fn start(&mut self, context: &Context<'_>, key: usize) {
+        let word = self.node.flight_word(context);
+        let node = &mut self.node;
+        let flight = node.flights[key].as_mut().expect("a queued key has a flight");
+        flight.start(word);
+        let gaps = node.coherence.gaps();
+        node.loads.push(Load { key, gaps, seen: None, torn: false, checked: None, aside: None });
+    }
+
+    /// The statement takes its snapshot on one of the servers that pooled connections reach.
+    pub(super) fn read(&mut self, context: &Context<'_>, n: usize, server: usize) {
+        let key = self.node.loads[n].key;
+        let it = &self.world.servers[server];
+        let lsn = if context.setup.together { it.lsn } else { 0 };
+        self.node.loads[n].seen = Some(Sight { version: it.rows[key], incarnation: it.incarnation, lsn });
+    }
+
+    /// Without `OneFinish`: the verdict is given, and acted upon later.
+    pub(super) fn check(&mut self, context: &Context<'_>, n: usize) {
+        let word = self.node.flight_word(context);
+        let key = self.node.loads[n].key;
+        let flight = self.node.flights[key].as_ref().expect("a running load has a flight");
+        self.node.loads[n].checked = Some(flight.verdict(word));
+    }
+
+    /// The load ends: its result is published if that is allowed, and goes to all who waited.
+    pub(super) fn finish(&mut self, context: &Context<'_>, n: usize) {
+        let rules = context.rules;
+        let load = self.node.loads.remove(n);
+        let (key, seen) = (load.key, load.seen.expect("it has read"));
+        let node = &mut self.node;
+        let ours = node.coherence.incarnation() == Some(incarnation(seen.incarnation))
+            || !rules.on(Protection::LoadIncarnation);
+        if !ours {
+            (context.note)(Fact::Stranger);
+            if node.is_up() && node.coherence.gaps() == load.gaps {
+                self.gap(context, Reason::OtherServer);
+            }
+        }
+        let flight_word = self.node.flight_word(context);
+        let node = &mut self.node;
+        let aside = load.aside.is_some();
+        let mut flight = load.aside.or_else(|| node.flights[key].take()).expect("a running load has a flight");
+        let verdict = load.checked.unwrap_or_else(|| flight.verdict(flight_word));
+        match verdict {
+            Verdict::Publish => {}
+            Verdict::Voided => (context.note)(Fact::Voided),
+            Verdict::Uncached => (context.note)(Fact::Uncached),
+        }
+        if verdict == Verdict::Publish && ours && !load.torn {
+            let word = node.gate.word();
+            let Sight { version, incarnation, lsn } = seen;
+            node.entries[key] = Some(Entry { word, version, incarnation, lsn });
+        } else if !aside && rules.on(Protection::UnkeptRemoves) {
+            node.entries[key] = None;
+        }
+        let landing = flight.finish();
+        if landing.again {
+            (context.note)(Fact::Again);
+        }
+        if !aside && landing.again {
+            node.flights[key] = Some(flight);
+        }
+        for caller in landing.waiting {
+            self.answer(context, key, caller, (seen.version, seen.incarnation));
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The node: the production's flights, gate, words, state machine and relay, and around them what `store.rs`, `tables.rs` and
+//! `shared.rs` do under their locks. Beside it stands what the properties need to remember.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::{
+    change::Mark,
+    coherence::{Action, Boot, Coherence, Fence, Incarnation, Timing},
+    fill::{Flight, Verdict},
+    gate::{Before, Gate, Word, Words},
+    relay::{LineId, Relay},
+};
+
+use super::{
+    protection::Protection,
+    readers::{Caller, Client},
+    setup::{BEAT_TIMEOUT, Fact, LEASE, Property, Rules, Setup, Transport},
+    world::{Horizon, KEYS, Message, Version, World},
+};
+
+/// A row that is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Entry {
+    pub(super) word: Word,
+    pub(super) version: Version,
+    pub(super) incarnation: u8,
+    pub(super) lsn: u8,
+}
+
+/// What a load's statement saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Sight {
+    pub(super) version: Version,
+    pub(super) incarnation: u8,
+    pub(super) lsn: u8,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Load {
+    pub(super) key: usize,
+    /// Gaps when it began.
+    pub(super) gaps: u64,
+    pub(super) seen: Option<Sight>,
+    /// Without `JoinRule`: void, and nobody who asks is told.
+    pub(super) torn: bool,
+    /// Without `OneFinish`: the verdict that was given.
+    pub(super) checked: Option<Verdict>,
+    /// Without `SerialFlights`: the flight that was set aside.
+    pub(super) aside: Option<Flight<Caller>>,
+}
+
+/// A LISTEN connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Line {
+    pub(super) id: Option<LineId>,
+    pub(super) server: u8,
+    /// How much of the queue it has read.
+    pub(super) at: u8,
+    /// It was woken since.
+    pub(super) woken: bool,
+    /// It was not cut. The node does not know.
+    pub(super) whole: bool,
+}
+
+/// A fence's statement on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Statement {
+    pub(super) fence: Fence,
+    pub(super) nonce: u8,
+    pub(super) server: u8,
+    pub(super) executed: Option<Horizon>,
+}
+
+/// The log transport's place: what the last statement could see, and in which incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Position {
+    pub(super) horizon: Horizon,
+    pub(super) incarnation: u8,
+    /// Commits that were visible, for the properties.
+    pub(super) commits: u8,
+}
+
+#[derive(Clone, Debug, PartialEq, Hash)]
+pub(super) struct Node {
+    pub(super) gate: Gate,
+    pub(super) words: Words,
+    pub(super) coherence: Coherence,
+    pub(super) entries: [Option<Entry>; KEYS],
+    pub(super) flights: [Option<Flight<Caller>>; KEYS],
+    pub(super) loads: Vec<Load>,
+    pub(super) inbox: Vec<Message>,
+    /// The one that is heard, and the spare.
+    pub(super) lines: Vec<Line>,
+    pub(super) relay: Option<Relay<()>>,
+    pub(super) statements: Vec<Statement>,
+    pub(super) position: Option<Position>,
+    /// The number of the last fence that was applied.
+    pub(super) released: u64,
+    /// The clock's thread has looked since the last tick.
+    pub(super) looked: bool,
+    pub(super) clock: u8,
+    /// Without `NewEpoch`: the word that the last gap found.
+    before_gap: Option<Word>,
+    /// Without `TokenNotLargest` and `TokenNotFirst`: ids that were applied, one bit each.
+    pub(super) applied_ids: u16,
+    /// Of each row: the newest version of which a message was applied, and the newest that was returned. Of one incarnation.
+    pub(super) applied: [Version; KEYS],
+    pub(super) returned: [Version; KEYS],
+}
+
+/// How often things may still happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Left {
+    pub(super) asks: u8,
+    pub(super) fences: u8,
+    pub(super) drops: u8,
+    pub(super) listens: u8,
+    pub(super) spares: u8,
+    pub(super) fenced: u8,
+    pub(super) tokens: u8,
+    pub(super) direct: u8,
+    pub(super) crashes: u8,
+    pub(super) failovers: u8,
+    pub(super) rotations: u8,
+    pub(super) suspends: u8,
+}
+
+/// Everything, at one moment.
+#[derive(Clone, Debug, PartialEq, Hash)]
+pub(super) struct State {
+    pub(super) world: World,
+    pub(super) node: Node,
+    pub(super) clients: Vec<Client>,
+    pub(super) left: Left,
+    /// The first property that did not hold.
+    pub(super) broken: Option<Property>,
+    /// Nothing else is looked for, if there is one.
+    watched: Option<Property>,
+}
+
+/// What a step may look at and note, beside the state.
+pub(super) struct Context<'a> {
+    pub(super) setup: &'a Setup,
+    pub(super) rules: Rules,
+    pub(super) note: &'a dyn Fn(Fact),
+}
+
+pub(super) fn nonce(n: u8) -> Uuid {
+    Uuid::from_u128(u128::from(n))
+}
+
+pub(super) fn boot(ticks: u8) -> Boot {
+    Duration::from_secs(u64::from(ticks))
+}
+
+pub(super) fn incarnation(n: u8) -> Incarnation {
+    Incarnation { canary: nonce(n), started: 0 }
+}
+
+/// In the form in which it stands in a message.
+pub(super) fn mark(horizon: Horizon) -> Mark {
+    let running: Vec<u8> = (0..16).filter(|xid| horizon.running >> xid & 1 == 1).collect();
+    let xmin = running.first().copied().unwrap_or(horizon.xmax);
+    let running: Vec<String> = running.iter().map(u8::to_string).collect();
+    let text = format!("{xmin}:{}:{}", horizon.xmax, running.join(","));
+    Mark { snapshot: text.parse().expect("a snapshot"), lsn: u64::from(horizon.lsn) }
+}
+
+impl State {
+    /// A node that is coherent, and has loaded nothing.
+    pub(super) fn new(setup: &Setup, watched: Option<Property>, context: &Context<'_>) -> Self {
+        let seconds = |n: u8| if setup.ticks > 0 { boot(n) } else { Duration::MAX / 4 };
+        let timing = Timing {
+            beat: if setup.ticks > 0 { boot(1) } else { Duration::ZERO },
+            beat_timeout: seconds(BEAT_TIMEOUT),
+            lease: seconds(LEASE),
+            spacing: Duration::ZERO,
+        };
+        let mut relay = setup.spares.gt(&0).then(|| Relay::new(1 << 20));
+        let id = relay.as_mut().map(Relay::next_id);
+        if let Some((relay, id)) = relay.as_mut().zip(id) {
+            relay.lead(id, ());
+        }
+        let line = Line { id, server: 0, at: 0, woken: false, whole: true };
+        let node = Node {
+            gate: Gate::closed(),
+            words: Words::default(),
+            coherence: Coherence::new(timing, Boot::ZERO),
+            entries: Default::default(),
+            flights: Default::default(),
+            loads: Vec::new(),
+            inbox: Vec::new(),
+            lines: if setup.transport == Transport::Log { Vec::new() } else { vec![line] },
+            relay,
+            statements: Vec::new(),
+            position: None,
+            released: 0,
+            looked: true,
+            clock: 0,
+            before_gap: None,
+            applied_ids: 0,
+            applied: Default::default(),
+            returned: Default::default(),
+        };
+        let left = Left {
+            asks: setup.asks,
+            fences: setup.fences,
+            drops: setup.drops,
+            listens: setup.drops + setup.crashes + 2 * setup.failovers + u8::from(setup.ticks > 0),
+            spares: setup.spares,
+            fenced: setup.fenced,
+            tokens: setup.tokens,
+            direct: setup.direct,
+            crashes: setup.crashes,
+            failovers: setup.failovers,
+            rotations: setup.rotations,
+            suspends: u8::from(setup.suspend > 0),
+        };
+        let mut state = Self { world: World::new(), node, clients: Vec::new(), left, broken: None, watched };
+        state.node.coherence.listening(incarnation(0));
+        let horizon = state.shown_horizon(context, 0);
+        if setup.transport == Transport::Log {
+            state.node.position = Some(Position { horizon: state.world.horizon(0), incarnation: 0, commits: 0 });
+        }
+        let node = &mut state.node;
+        let fence = node.coherence.next_fence(Boot::ZERO, nonce(1)).expect("the first fence is due");
+        let mut actions = node.coherence.fence_checked(fence);
+        actions.extend(node.coherence.fence_applied(nonce(1), mark(horizon)));
+        node.perform(context, actions);
+        state
+    }
+
+    /// What a fence tells, without what nobody in this scenario looks at: fewer states.
+    pub(super) fn shown_horizon(&self, context: &Context<'_>, server: u8) -> Horizon {
+        let all = self.world.horizon(server);
+        let (tokens, together) = (context.setup.tokens > 0, context.setup.together);
+        Horizon {
+            xmax: if tokens { all.xmax } else { 1 },
+            running: if tokens { all.running } else { 0 },
+            lsn: if together { all.lsn } else { 0 },
+        }
+    }
+
+    pub(super) fn break_if(&mut self, wrong: bool, property: Property) {
+        if wrong && self.broken.is_none() && self.watched.is_none_or(|watched| watched == property) {
+            self.broken = Some(property);
+        }
+    }
+}
+
+impl Node {
+    /// What `Shared::step` does with what the state machine says.
+    pub(super) fn perform(&mut self, context: &Context<'_>, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Advance => {}
+                Action::Open => {
+                    if self.before_gap.is_some() || self.words != Words::default() {
+                        (context.note)(Fact::Reopened);
+                    }
+                    let fresh = self.words.fresh(true);
+                    let word = match self.before_gap {
+                        // Rule `NewEpoch` or `ListenFirst` is switched off.
+                        Some(word) => word,
+                        None => fresh,
+                    };
+                    self.gate.show(word, Before::Forgotten);
+                }
+                Action::Close => {
+                    if !context.rules.on(Protection::NewEpoch) {
+                        self.before_gap = Some(self.gate.word());
+                    }
+                    let word = self.words.fresh(false);
+                    self.gate.show(word, Before::Stale);
+                    if !context.rules.on(Protection::ListenFirst) {
+                        let word = self.words.fresh(true);
+                        self.before_gap = Some(word);
+                        self.gate.show(word, Before::Forgotten);
+                    }
+                }
+                Action::Release(fence) => self.released = fence,
+            }
+        }
+    }
+
+    /// What `Tables::clear` does.
+    pub(super) fn clear(&mut self) {
+        let word = self.words.fresh(self.coherence.bypassed().is_none());
+        self.gate.show(word, Before::Forgotten);
+    }
+
+    /// What `Store::invalidate` does under the key's lock.
+    pub(super) fn invalidate(&mut self, context: &Context<'_>, key: usize) {
+        let rules = context.rules;
+        let running = self.running(key);
+        if rules.on(Protection::Void) {
+            match running {
+                Some(load) if !rules.on(Protection::JoinRule) => self.loads[load].torn = true,
+                Some(load) if !rules.on(Protection::SerialFlights) => {
+                    let mut flight = self.flights[key].take().expect("a running load has a flight");
+                    flight.void();
+                    self.loads[load].aside = Some(flight);
+                }
+                _ => {
+                    if let Some(flight) = &mut self.flights[key] {
+                        flight.void();
+                    }
+                }
+            }
+        }
+        self.entries[key] = None;
+    }
+
+    /// The running load of the key's flight.
+    pub(super) fn running(&self, key: usize) -> Option<usize> {
+        self.loads.iter().position(|load| load.key == key && load.aside.is_none())
+    }
+
+    /// The word that flights are told.
+    pub(super) fn flight_word(&self, context: &Context<'_>) -> Word {
+        if context.rules.on(Protection::WordAtStart) { self.gate.word() } else { Words::default().fresh(true) }
+    }
+
+    /// The entry of a key, if it may be served.
+    pub(super) fn held(&self, key: usize) -> Option<Entry> {
+        self.entries[key].filter(|entry| entry.word == self.gate.word())
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.coherence.bypassed().is_none()
+    }
+
+    /// The number of the incarnation that the node listens to.
+    pub(super) fn listens_to(&self) -> u8 {
+        let canary = self.coherence.incarnation().map_or(0, |it| it.canary.as_u128());
+        u8::try_from(canary).expect("few incarnations")
+    }
+
+    pub(super) fn now(&self) -> Boot {
+        boot(self.clock)
+    }
+}
