@@ -97,7 +97,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/shared.rs",
         text: "                    self.tables.set_coherent(false);\n",
         instead: "",
-        catchers: &[Test("gap", "a_change_made_while_nobody_listened")],
+        catchers: &[Test("traps", "trap_08")],
     },
     Mutant {
         name: "new-epoch",
@@ -107,7 +107,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         instead: "        Word(self.0 << 1 | u64::from(coherent))",
         catchers: &[
             Unit("nothing_is_cached_or_served_while_not_coherent"),
-            Test("gap", "a_change_made_while_nobody_listened"),
+            Test("traps", "trap_08"),
         ],
     },
     Mutant {
@@ -140,7 +140,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/coherence.rs",
         text: "if self.under_way.as_ref().is_some_and(late) {",
         instead: "if false && self.under_way.as_ref().is_some_and(late) {",
-        catchers: &[Unit("x19_"), Test("gap", "silence_is_noticed")],
+        catchers: &[Unit("x19_"), Test("traps", "trap_10")],
     },
     Mutant {
         name: "lease",
@@ -233,7 +233,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "snapshot-position",
         protection: "rows held together were loaded before the last fence (lemma 15, X24)",
-        file: "src/store.rs",
+        file: "src/store/entry.rs",
         text: "        self.word == word && self.lsn <= lsn\n",
         instead: "        self.word == word && self.lsn <= lsn.saturating_add(u64::MAX / 2)\n",
         catchers: &[Test("freshness", "x24_rows_from_before_and_after")],
@@ -316,7 +316,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/inbox.rs",
         text: "            content.items.push_front(Item::Overflow);\n",
         instead: "",
-        catchers: &[Unit("an_overflow_covers_what_it_replaces"), Test("gap", "a_flood")],
+        catchers: &[Unit("an_overflow_covers_what_it_replaces"), Test("traps", "trap_16")],
     },
     Mutant {
         name: "unknown-key-type",
