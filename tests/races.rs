@@ -1,7 +1,7 @@
 //! The races that caches lose, played slowly on real Postgres: a load is held between its read and its
 //! publication, by a decoder that waits, while the world changes.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

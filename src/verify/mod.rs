@@ -3,13 +3,16 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
+//! | `torture`, `proxy` | real Postgres, real processes, real faults |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
 
 pub mod checker;
 mod facts;
 pub mod history;
+pub mod proxy;
 mod story;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -25,7 +28,14 @@ pub struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Runs nodes, writers and readers against a real Postgres, breaks everything, and checks all that was read.
+    #[command(after_help = torture::HELP)]
+    Torture(torture::Options),
+    /// A node of `torture`: a process that it starts, and talks to.
+    #[command(hide = true)]
+    TortureNode,
+}
 
 impl Cli {
     /// Does what was asked.
@@ -38,6 +48,9 @@ impl Cli {
     ///
     /// Not to be cancelled: processes that it started may go on.
     pub async fn run(self) -> Result<ExitCode> {
-        match self.command {}
+        match self.command {
+            Command::Torture(options) => torture::torture(&options).await,
+            Command::TortureNode => torture::run_node().await,
+        }
     }
 }

@@ -25,7 +25,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::PATIENCE;
+/// Whatever is waited for here takes no longer; what does is a fault of the machine.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -39,6 +40,7 @@ pub enum Direction {
 /// What happens to bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Flow {
+    /// They go through.
     Pass,
     /// Nothing is read: buffers fill up, nothing is lost, `Pass` lets all of it through.
     Stall,
@@ -92,6 +94,8 @@ impl Proxy {
         Self { address, shared, acceptor }
     }
 
+    /// Where it listens, on 127.0.0.1.
+    #[must_use]
     pub fn port(&self) -> u16 {
         self.address.port()
     }
@@ -247,6 +251,8 @@ impl Connection {
         self.bytes[direction as usize].load(Ordering::Relaxed)
     }
 
+    /// Whether neither side has ended it.
+    #[must_use]
     pub fn is_open(&self) -> bool {
         *self.open.borrow()
     }
