@@ -68,7 +68,7 @@ impl Run {
             Self { nodes, world, base: Base::new(), counted, tally, directory, notes_in, began: Instant::now() };
         let client = run.world.client().await?;
         let survivors = run.world.survivors(&client).await?;
-        run.base = notes::base(&run.world, &survivors);
+        run.base = notes::base(&run.world.timeline, run.world.server.port(), &survivors);
         run.world.learn_incarnation(&client).await?;
         Ok(run)
     }
@@ -76,7 +76,7 @@ impl Run {
     /// Plays one; returns what was found.
     pub(super) async fn episode(&mut self, fault: Fault, seed: u64, rng: &mut StdRng) -> Result<Option<String>> {
         *self.nodes.notebook.open() = Notes::default();
-        self.world.incidents = Default::default();
+        self.world.timeline.incidents = Default::default();
         let done = self.load(fault, rng).await?;
         self.nodes.stop().await?;
         // A node that has lost its server puts the canary of the next one in place.
@@ -87,7 +87,7 @@ impl Run {
         let notes = std::mem::take(&mut *self.nodes.notebook.open());
         let lines_lost = count_lines(&notes);
         self.tally.note_reads(&notes);
-        let (history, mut wrong) = notes::history(notes, &quiet, &self.world, &survivors, &mut self.base);
+        let (history, mut wrong) = notes::history(notes, &quiet, &self.world.timeline, &survivors, &mut self.base);
         self.tally.note_writes(&history.writes);
         let report = checker::check(&history, Promises { staleness_bound: nanos(STALENESS_BOUND) });
         wrong.extend(quiet.iter().flat_map(|(id, quiet)| quiet.wrong.iter().map(move |it| format!("node {id}: {it}"))));
@@ -162,6 +162,18 @@ impl Run {
         all
     }
 
+    /// What the nodes have said on stderr.
+    pub(super) fn logs(&self) -> String {
+        let mut text = String::new();
+        for log in fs::read_dir(self.directory.path()).into_iter().flatten().flatten() {
+            let said = fs::read_to_string(log.path()).unwrap_or_default();
+            if !said.is_empty() {
+                text += &format!("{}:\n{said}\n", log.file_name().display());
+            }
+        }
+        text
+    }
+
     /// Saves the notes; returns what is printed.
     fn found(&self, seed: u64, violations: &[Violation], wrong: &[String], history: &History) -> Result<String> {
         let file = self.notes_in.join(format!("rowcache-torture-{seed}.txt"));
@@ -182,13 +194,7 @@ impl Run {
         for read in &history.reads {
             writeln!(out, "{read:?}")?;
         }
-        for log in fs::read_dir(self.directory.path())? {
-            let log = log?;
-            let text = fs::read_to_string(log.path())?;
-            if !text.is_empty() {
-                writeln!(out, "{}:\n{text}", log.file_name().display())?;
-            }
-        }
+        writeln!(out, "{}", self.logs())?;
         out.flush()?;
         let mut text = String::new();
         // The shortest stories first.

@@ -19,6 +19,7 @@ mod quiet;
 mod readers;
 mod table;
 mod tally;
+mod timeline;
 mod wire;
 mod world;
 mod writer;
@@ -103,7 +104,10 @@ async fn run(options: &Options) -> Result<ExitCode> {
     let found = loop {
         let mut rng = StdRng::seed_from_u64(seed);
         let fault = draw(&list, &mut deck, &mut seeds);
-        if let Some(found) = run.episode(fault, seed, &mut rng).await? {
+        let played = run.episode(fault, seed, &mut rng).await;
+        let played =
+            played.with_context(|| format!("episode of {fault}, seed {seed}; the nodes said:\n{}", run.logs()))?;
+        if let Some(found) = played {
             break Some((found, fault, seed));
         }
         let over = options.episodes.map_or(began.elapsed() >= length, |episodes| run.tally.episodes >= episodes);

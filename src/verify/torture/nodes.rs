@@ -171,7 +171,7 @@ impl NodeProcess {
         // Its own limits are shorter, one after the other.
         let reply = timeout(PATIENCE * 4, self.replies.recv()).await;
         let reply = reply.with_context(|| format!("node {} does not answer", self.id))?;
-        reply.with_context(|| format!("node {} has ended; its log is in the directory of the notes", self.id))
+        reply.with_context(|| format!("node {} has ended", self.id))
     }
 
     async fn expect_stopped(&mut self) -> Result<()> {

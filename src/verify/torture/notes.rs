@@ -8,20 +8,24 @@ use std::{
 use super::{
     super::history::{History, Key, Mode, NodeId, Noted, Outcome, Read, Time, Version, Write},
     nodes::Notes,
+    timeline::Timeline,
     wire::{Asked, Attempt, Quiet, RawNote, RawRead},
-    world::{Survivors, World},
+    world::Survivors,
 };
 
 /// A stopped node may serve from memory for this long after it went on, if it has no gap sooner.
 const CLOCK_THREAD_LATE: Time = 200_000_000;
 
+/// Between the decoding of a row and the answer to the last who joined the load.
+const ANSWERED_LATE: Time = 500_000_000;
+
 /// The last version of each key, from one episode to the next.
 pub(super) type Base = BTreeMap<Key, Write>;
 
 /// What there was at first.
-pub(super) fn base(world: &World, survivors: &Survivors) -> Base {
+pub(super) fn base(timeline: &Timeline, port: u16, survivors: &Survivors) -> Base {
     let write = |(key, number, deletes, xid): &(Key, u64, bool, u64)| {
-        let version = world.version(world.server.port(), *number);
+        let version = timeline.version(port, *number);
         (
             *key,
             Write { key: *key, version, deletes: *deletes, xid: *xid, sent: 0, ended: 0, outcome: Outcome::Committed },
@@ -35,16 +39,16 @@ pub(super) fn base(world: &World, survivors: &Survivors) -> Base {
 pub(super) fn history(
     mut notes: Notes,
     quiet: &[(NodeId, Quiet)],
-    world: &World,
+    timeline: &Timeline,
     survivors: &Survivors,
     base: &mut Base,
 ) -> (History, Vec<String>) {
     let mut wrong = std::mem::take(&mut notes.wrong);
     let mut history = History { writes: base.values().cloned().collect(), ..History::default() };
     let survived: HashSet<(Key, u64)> = survivors.history.iter().map(|(key, number, ..)| (*key, *number)).collect();
-    let attempts = notes.attempts.iter().chain(&world.incidents.wrote);
+    let attempts = notes.attempts.iter().chain(&timeline.incidents.wrote);
     for attempt in attempts {
-        history.writes.extend(writes(attempt, world, &survived, &mut wrong));
+        history.writes.extend(writes(attempt, timeline, &survived, &mut wrong));
     }
     // Of a number, the transaction, and whether it has survived.
     let by_number: HashMap<u64, (u64, bool)> = history
@@ -57,7 +61,7 @@ pub(super) fn history(
     // What nobody wrote remains that.
     let version =
         |key: Key, number: u64| versions.get(&(key, number)).copied().unwrap_or(Version { era: u32::MAX, number });
-    let excused = Excuses::of(&notes, world);
+    let excused = Excuses::of(&notes, timeline);
     for (node, read) in &notes.reads {
         let doubtful = excused.covers(*node, read);
         history.reads.push(Read {
@@ -71,8 +75,12 @@ pub(super) fn history(
             snapshot: (read.asked == Asked::Snapshot && !doubtful).then_some(u64::from(*node) << 40 | read.call),
         });
     }
+    let kept = notes.reads.iter().filter(|(node, read)| excused.is_kept_of_new(*node, read, timeline, &versions));
+    wrong.extend(kept.take(1).map(|(node, read)| {
+        format!("node {node} listened to the former primary, and served from memory what it had loaded from the new one: {read:?}")
+    }));
     for (node, at, note) in &notes.notes {
-        history.notes.extend(noted(*node, *at, note, world, &excused).map(|noted| (*node, *at, noted)));
+        history.notes.extend(noted(*node, *at, note, timeline, &excused).map(|noted| (*node, *at, noted)));
     }
     for (node, quiet) in quiet {
         for (key, seen) in &quiet.holds {
@@ -86,18 +94,18 @@ pub(super) fn history(
 
 fn writes<'a>(
     attempt: &'a Attempt,
-    world: &'a World,
+    timeline: &'a Timeline,
     survived: &'a HashSet<(Key, u64)>,
     wrong: &mut Vec<String>,
 ) -> impl Iterator<Item = Write> + use<'a> {
-    let lost = world.incidents.lost;
+    let lost = timeline.incidents.lost;
     let acknowledged = attempt.ended.is_some();
     let is_gone = |row: &super::wire::Written| !row.undone && !survived.contains(&(row.key, row.number));
     if acknowledged && !attempt.rolled_back && !lost && attempt.rows.iter().any(is_gone) {
         wrong.push(format!("transaction {} was committed, and is gone, and nothing has crashed", attempt.xid));
     }
     // What the new primary has was not for nodes that had not been told of it.
-    let late = world.incidents.split.filter(|(.., port)| *port == attempt.port).map(|(_, until, _)| until);
+    let late = timeline.incidents.split.filter(|(.., port)| *port == attempt.port).map(|(_, until, _)| until);
     let ended = attempt.ended.map_or(Time::MAX, |ended| late.map_or(ended, |late| ended.max(late)));
     attempt.rows.iter().map(move |row| {
         let outcome = if row.undone || attempt.rolled_back {
@@ -111,7 +119,7 @@ fn writes<'a>(
         };
         Write {
             key: row.key,
-            version: world.version(attempt.port, row.number),
+            version: timeline.version(attempt.port, row.number),
             deletes: row.deletes,
             xid: attempt.xid,
             sent: attempt.sent,
@@ -144,13 +152,13 @@ struct Excuses {
 }
 
 impl Excuses {
-    fn of(notes: &Notes, world: &World) -> Self {
-        let incidents = &world.incidents;
+    fn of(notes: &Notes, timeline: &Timeline) -> Self {
+        let incidents = &timeline.incidents;
         let split = incidents.split.map(|(from, until, _)| (from, until));
         let mut moved = HashMap::new();
         for (node, at, note) in &notes.notes {
             if let RawNote::Coherent { incarnation } = note
-                && world.incarnations.get(incarnation) == Some(&world.era())
+                && timeline.era_of(*incarnation) == Some(timeline.era())
             {
                 moved.entry(*node).or_insert(*at);
             }
@@ -174,20 +182,34 @@ impl Excuses {
         split || by_the_clock_thread && self.stopped.iter().any(stopped)
     }
 
+    /// Whether the row was loaded from the new server, and kept, by a node that could not hear of its changes (X6).
+    fn is_kept_of_new(
+        &self,
+        node: NodeId,
+        read: &RawRead,
+        timeline: &Timeline,
+        versions: &HashMap<(Key, u64), Version>,
+    ) -> bool {
+        let is_new = read.seen.is_some_and(|number| {
+            versions.get(&(read.key, number)).is_some_and(|version| version.era == timeline.era())
+        });
+        let from_memory = read.loaded.is_some_and(|loaded| loaded + ANSWERED_LATE < read.start);
+        let hears = self.moved.get(&node).is_some_and(|moved| *moved < read.end);
+        self.split.is_some() && is_new && from_memory && !hears
+    }
+
     /// Whether what the node applied may be a transaction of the former primary, whose id another one has on the new one.
     fn is_of_former(&self, node: NodeId, at: Time) -> bool {
         self.split.is_some_and(|(from, _)| at >= from && self.moved.get(&node).is_none_or(|moved| *moved > at))
     }
 }
 
-fn noted(node: NodeId, at: Time, note: &RawNote, world: &World, excused: &Excuses) -> Option<Noted> {
+fn noted(node: NodeId, at: Time, note: &RawNote, timeline: &Timeline, excused: &Excuses) -> Option<Noted> {
     match note {
         RawNote::Applied { .. } if excused.is_of_former(node, at) => None,
         RawNote::Applied { xid, keys } => Some(Noted::Applied { xid: *xid, keys: keys.clone() }),
         RawNote::Gap { since, .. } => Some(Noted::Gap { since: *since }),
-        RawNote::Coherent { incarnation } => {
-            world.incarnations.get(incarnation).map(|era| Noted::Coherent { era: *era })
-        }
+        RawNote::Coherent { incarnation } => timeline.era_of(*incarnation).map(|era| Noted::Coherent { era }),
         RawNote::LineLost | RawNote::Unreadable => None,
     }
 }
@@ -207,3 +229,7 @@ fn advance(history: &History, survivors: &Survivors, base: &mut Base, wrong: &mu
         }
     }
 }
+
+#[cfg(test)]
+#[path = "notes_tests.rs"]
+mod tests;

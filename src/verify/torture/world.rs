@@ -1,4 +1,4 @@
-//! The servers of a run, and the eras that their crashes and promotions begin.
+//! The servers of a run, and what they hold.
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
@@ -10,10 +10,11 @@ use tokio::{
 use tokio_postgres::Client;
 
 use super::{
-    super::history::{Key, NodeId, Time, Version},
+    super::history::{Key, Time},
     plan,
     table::PLACES,
-    wire::{Attempt, PATIENCE, machine_time, now},
+    timeline::Timeline,
+    wire::{PATIENCE, machine_time, now},
     writer::{Phase, connect},
 };
 use crate::{
@@ -39,26 +40,9 @@ pub(super) struct World {
     /// A former primary that runs on.
     pub(super) former: Option<TempServer>,
     pub(super) origin: Time,
-    /// On which server a time belongs to which era, from when on.
-    eras: Vec<(u16, Time, u32)>,
-    /// The runs of servers that nodes may be coherent on.
-    pub(super) incarnations: HashMap<u64, u32>,
+    pub(super) timeline: Timeline,
     pub(super) phase: watch::Sender<Phase>,
     run: u32,
-    pub(super) incidents: Incidents,
-}
-
-/// What excuses what, in this episode.
-#[derive(Debug, Default)]
-pub(super) struct Incidents {
-    /// Commits may have been lost.
-    pub(super) lost: bool,
-    /// There were two primaries: from when, until when, and the port of the new one. Nobody can know which one is right.
-    pub(super) split: Option<(Time, Time, u16)>,
-    /// This node was stopped, and went on at this time: its clock thread may come late.
-    pub(super) stopped: Vec<(NodeId, Time, Time)>,
-    /// What the fault itself wrote.
-    pub(super) wrote: Vec<Attempt>,
 }
 
 impl World {
@@ -85,10 +69,9 @@ impl World {
                 ))
                 .await?;
         }
-        let eras = vec![(server.port(), 0, 0)];
+        let timeline = Timeline::new(server.port());
         let phase = watch::Sender::new(Phase::Stop);
-        let (incarnations, incidents) = Default::default();
-        Ok(Self { server, former: None, origin: machine_time(), eras, incarnations, phase, run: 0, incidents })
+        Ok(Self { server, former: None, origin: machine_time(), timeline, phase, run: 0 })
     }
 
     pub(super) fn now(&self) -> Time {
@@ -116,23 +99,7 @@ impl World {
 
     /// After a crash, and before anybody can have written again.
     pub(super) fn begin_era(&mut self) {
-        self.begin_era_on(self.server.port(), self.now());
-    }
-
-    pub(super) fn begin_era_on(&mut self, port: u16, from: Time) {
-        let era = self.era() + 1;
-        self.eras.push((port, from, era));
-        self.incidents.lost = true;
-    }
-
-    pub(super) fn era(&self) -> u32 {
-        self.eras.iter().map(|(.., era)| *era).max().unwrap_or_default()
-    }
-
-    /// The version that got this number on the server of this port.
-    pub(super) fn version(&self, port: u16, number: u64) -> Version {
-        let eras = self.eras.iter().filter(|(of, from, _)| *of == port && *from <= number);
-        Version { era: eras.map(|(.., era)| *era).max().unwrap_or_default(), number }
+        self.timeline.begin_era(self.server.port(), self.now());
     }
 
     /// Waits until the server accepts connections.
@@ -153,7 +120,7 @@ impl World {
         let row = client.query_one("select rowcache.token()", &[]).await?;
         let token: Option<String> = row.get(0);
         if let Some(token) = token.and_then(|token| token.parse::<Token>().ok()) {
-            self.incarnations.insert(token.incarnation, self.era());
+            self.timeline.is_now(token.incarnation);
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ pub(super) async fn change(world: &mut World, rng: &mut StdRng) -> Result<Done> 
         [Step::Bulk, Step::Update(place.draw_some(rng, 5)), Step::Delete(place.draw_some(rng, 3)), Step::Truncate];
     for step in &steps[..rng.random_range(1..=steps.len())] {
         let attempt = transact(&client, &Plan::of(place, step.clone()), world.origin).await?;
-        world.incidents.wrote.push(attempt);
+        world.timeline.incidents.wrote.push(attempt);
         hold(rng, 0..400).await;
     }
     client.batch_execute(after).await.context("cannot change the table back")?;

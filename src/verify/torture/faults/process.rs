@@ -69,7 +69,7 @@ pub(super) async fn freeze_node(world: &mut World, nodes: &Nodes, rng: &mut StdR
     let from = world.now();
     node.freeze(Duration::from_millis(rng.random_range(200..4000))).await?;
     let went_on = world.now();
-    world.incidents.stopped.push((node.id, from, went_on));
+    world.timeline.incidents.stopped.push((node.id, from, went_on));
     // A short stop is none.
     let shows = if went_on - from > 2_000_000_000 { Shows::Line } else { Shows::Itself(true) };
     Done::new(format!("node {} for {} ms", node.id, (went_on - from) / 1_000_000), shows)

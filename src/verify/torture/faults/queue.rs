@@ -27,8 +27,11 @@ pub(super) async fn flood(world: &World, rng: &mut StdRng) -> Result<Done> {
 pub(super) async fn forge(world: &World, rng: &mut StdRng) -> Result<Done> {
     let client = world.client().await?;
     let channels: Vec<String> = client
-        .query("select distinct found[1] from pg_stat_activity, regexp_matches(query, 'rowcache[a-z0-9_-]*', 'g') found
-             where query ilike 'listen%'", &[])
+        .query(
+            "select distinct found[1] from pg_stat_activity, regexp_matches(query, 'rowcache[a-z0-9_-]*', 'g') found
+             where query ilike 'listen%'",
+            &[],
+        )
         .await?
         .iter()
         .filter_map(|row| row.get(0))

@@ -91,7 +91,7 @@ pub(super) async fn wait_for_standby(world: &mut World, rng: &mut StdRng) -> Res
     admin.batch_execute("select pg_reload_conf()").await?;
     let attempt = timeout(PATIENCE, waiting).await.context("a cancelled commit does not end")??;
     // It may have been cancelled before its commit.
-    world.incidents.wrote.extend(attempt);
+    world.timeline.incidents.wrote.extend(attempt);
     Done::new(format!("then {how}"), Shows::Itself(waited))
 }
 
@@ -117,17 +117,17 @@ pub(super) async fn promote(world: &mut World, nodes: &Nodes, rng: &mut StdRng) 
     timeout(PATIENCE, cut).await.context("the standby still follows")?;
     // What is committed from here on will be lost.
     let lost = transact(&world.client().await?, &Plan::of(&PLACES[0], Step::Bulk), world.origin).await?;
-    world.incidents.wrote.push(lost);
+    world.timeline.incidents.wrote.push(lost);
     hold(rng, 100..400).await;
     let promoted = world.now();
     standby.promote().await?;
     std::mem::swap(&mut world.server, &mut standby);
     world.former = Some(standby);
-    world.begin_era_on(world.server.port(), promoted);
-    world.incidents.split = Some((promoted, u64::MAX, world.server.port()));
+    world.timeline.begin_era(world.server.port(), promoted);
+    world.timeline.incidents.split = Some((promoted, u64::MAX, world.server.port()));
     world.open();
     let new = transact(&world.client().await?, &Plan::of(Place::any(rng), Step::Bulk), world.origin).await?;
-    world.incidents.wrote.push(new);
+    world.timeline.incidents.wrote.push(new);
     let pools_first: bool = rng.random();
     for first in [true, false] {
         for node in &nodes.all {
@@ -135,10 +135,10 @@ pub(super) async fn promote(world: &mut World, nodes: &Nodes, rng: &mut StdRng) 
             proxy.retarget(world.server.port());
             proxy.close_all(Close::Rst).await;
         }
-        hold(rng, 0..1500).await;
+        hold(rng, 300..3000).await;
     }
     let until = world.now();
-    world.incidents.split = Some((promoted, until, world.server.port()));
+    world.timeline.incidents.split = Some((promoted, until, world.server.port()));
     Done::new(if pools_first { "pools move first" } else { "lines move first" }, Shows::Line)
 }
 
