@@ -101,6 +101,7 @@ impl Proxy {
     }
 
     /// The same URL, through this proxy.
+    #[must_use]
     pub fn url(&self, url: &str) -> String {
         let mut url = url::Url::parse(url).expect("a URL");
         url.set_port(Some(self.port())).expect("a URL with a host");
@@ -127,11 +128,13 @@ impl Proxy {
     }
 
     /// The open connections, oldest first.
+    #[must_use]
     pub fn connections(&self) -> Vec<Arc<Connection>> {
         self.shared.connections.lock().unwrap().iter().filter(|connection| connection.is_open()).cloned().collect()
     }
 
     /// How many connections there have ever been.
+    #[must_use]
     pub fn accepted(&self) -> usize {
         self.shared.connections.lock().unwrap().len()
     }

@@ -25,6 +25,7 @@ use super::{
     nodes::{Nodes, Notes},
     notes::{self, Base},
     tally::Tally,
+    timeline::Incidents,
     wire::{Counts, LEASE, LOAD_TIMEOUT, Order, PATIENCE, Quiet, RawNote, nanos},
     world::World,
     writer,
@@ -76,7 +77,7 @@ impl Run {
     /// Plays one; returns what was found.
     pub(super) async fn episode(&mut self, fault: Fault, seed: u64, rng: &mut StdRng) -> Result<Option<String>> {
         *self.nodes.notebook.open() = Notes::default();
-        self.world.timeline.incidents = Default::default();
+        self.world.timeline.incidents = Incidents::default();
         let done = self.load(fault, rng).await?;
         self.nodes.stop().await?;
         // A node that has lost its server puts the canary of the next one in place.

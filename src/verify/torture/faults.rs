@@ -118,8 +118,10 @@ pub(super) struct Done {
 pub(super) enum Shows {
     /// A line was lost, or a gap noted.
     Line,
-    /// A message could not be read, or too many came.
+    /// A message could not be read.
     Unreadable,
+    /// More came than may wait.
+    Overflow,
     /// A table was forgotten.
     Cleared,
     /// Loads failed, and rows panicked.
@@ -130,15 +132,16 @@ pub(super) enum Shows {
 }
 
 impl Done {
-    fn new(what: impl Into<String>, shows: Shows) -> Result<Self> {
-        Ok(Self { what: what.into(), shows })
+    fn new(what: impl Into<String>, shows: Shows) -> Self {
+        Self { what: what.into(), shows }
     }
 
     /// Whether it can be seen in what the nodes counted and noted meanwhile.
     pub(super) fn is_visible(&self, counts: &Counts, lines_lost: bool) -> bool {
         match self.shows {
             Shows::Line => counts.gaps > 0 || lines_lost,
-            Shows::Unreadable => counts.unreadable > 0 || counts.overflows > 0,
+            Shows::Unreadable => counts.unreadable > 0,
+            Shows::Overflow => counts.overflows > 0,
             Shows::Cleared => counts.clears > 0,
             Shows::Panicked => counts.panics > 0 && counts.failed > 0,
             Shows::Cancelled => counts.cancelled > 0,
@@ -156,14 +159,14 @@ impl Fault {
     /// Does it, and heals it.
     pub(super) async fn strike(self, world: &mut World, nodes: &mut Nodes, rng: &mut StdRng) -> Result<Done> {
         match self {
-            Self::Calm => Done::new("nothing", Shows::Itself(true)),
+            Self::Calm => Ok(Done::new("nothing", Shows::Itself(true))),
             Self::Storm => {
                 hold(rng, 500..1500).await;
-                Done::new("readers cancelled", Shows::Cancelled)
+                Ok(Done::new("readers cancelled", Shows::Cancelled))
             }
             Self::Panic => {
                 hold(rng, 500..1500).await;
-                Done::new("one row in seven", Shows::Panicked)
+                Ok(Done::new("one row in seven", Shows::Panicked))
             }
             Self::Terminate => server::terminate(world, nodes, rng).await,
             Self::KillBackend => server::kill_backend(world, rng).await,
@@ -177,7 +180,7 @@ impl Fault {
                 let n = rng.random_range(0..nodes.all.len());
                 nodes.replace(n, world).await?;
                 nodes.all[n].order(super::wire::Order::Go { panics: None, storm: false }).await?;
-                Done::new(format!("node {}", nodes.all[n].id), Shows::Itself(true))
+                Ok(Done::new(format!("node {}", nodes.all[n].id), Shows::Itself(true)))
             }
             Self::Network => network::disturb(nodes, rng).await,
             Self::Flood => queue::flood(world, rng).await,

@@ -18,6 +18,8 @@ pub(super) enum Step {
     Rekey(Key, Key),
     Bulk,
     Truncate,
+    /// Changes nothing, and sends so many messages about a table that nobody has open.
+    Notify(u32),
 }
 
 /// One transaction.
@@ -79,6 +81,7 @@ impl Step {
             Self::Upsert(keys) | Self::Update(keys) | Self::Delete(keys) => keys.clone(),
             Self::Rekey(from, to) => vec![*from, *to],
             Self::Bulk | Self::Truncate => place.all().collect(),
+            Self::Notify(_) => Vec::new(),
         }
     }
 
@@ -121,6 +124,11 @@ impl Step {
             Self::Truncate => format!(
                 "insert into torture.history select key, {number}, true, {xid} from {table} returning key, deletes;
                  truncate {table}"
+            ),
+            Self::Notify(count) => format!(
+                r#"do $$ begin for n in 1..{count} loop
+                     perform pg_notify('rowcache', '{{"v":1,"t":"of.others","k":["' || repeat('x', 7900) || '",' || n || ']}}');
+                   end loop; end $$"#
             ),
         }
     }

@@ -79,7 +79,7 @@ impl<'r> sqlx::FromRow<'r, PgRow> for Row {
     fn from_row(row: &'r PgRow) -> sqlx::Result<Self> {
         let nth = DECODED.fetch_add(1, Ordering::Relaxed);
         let every = PANIC_EVERY.load(Ordering::Relaxed);
-        if every > 0 && nth % u64::from(every) == 0 {
+        if every > 0 && nth.is_multiple_of(u64::from(every)) {
             PANICS.fetch_add(1, Ordering::Relaxed);
             panic!("{ON_PURPOSE}");
         }

@@ -68,7 +68,7 @@ impl Setup {
 }
 
 const BEAT: Duration = Duration::from_millis(200);
-const BEAT_TIMEOUT: Duration = Duration::from_millis(1000);
+const BEAT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) const LEASE: Duration = Duration::from_millis(1500);
 pub(super) const LOAD_TIMEOUT: Duration = Duration::from_secs(2);
 

@@ -47,5 +47,5 @@ pub(super) async fn change(world: &mut World, rng: &mut StdRng) -> Result<Done> 
         hold(rng, 0..400).await;
     }
     client.batch_execute(after).await.context("cannot change the table back")?;
-    Done::new(format!("{what}, {name}"), Shows::Cleared)
+    Ok(Done::new(format!("{what}, {name}"), Shows::Cleared))
 }

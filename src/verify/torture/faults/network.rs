@@ -50,5 +50,5 @@ pub(super) async fn disturb(nodes: &mut Nodes, rng: &mut StdRng) -> Result<Done>
     };
     // A short delay need not be noticed, nor a lost connection of the pool.
     let shows = if to_line && matches!(kind, 1 | 3 | 4) { Shows::Line } else { Shows::Itself(true) };
-    Done::new(format!("{name}, {to} of node {}", node.id), shows)
+    Ok(Done::new(format!("{name}, {to} of node {}", node.id), shows))
 }

@@ -42,7 +42,7 @@ pub(super) async fn freeze_listener(world: &World, nodes: &Nodes, rng: &mut StdR
     let stopped = Stopped::new(pid)?;
     hold(rng, 1500..4000).await;
     drop(stopped);
-    Done::new(format!("of node {id}"), Shows::Line)
+    Ok(Done::new(format!("of node {id}"), Shows::Line))
 }
 
 pub(super) async fn freeze_writer(world: &World, rng: &mut StdRng) -> Result<Done> {
@@ -57,11 +57,11 @@ pub(super) async fn freeze_writer(world: &World, rng: &mut StdRng) -> Result<Don
     if met.is_empty() {
         met = backends(world, "torture writer", "true").await?;
     }
-    let Some(pid) = choose(&met, rng) else { return Done::new("there was none", Shows::Itself(false)) };
-    let Ok(stopped) = Stopped::new(*pid) else { return Done::new("it had ended", Shows::Itself(false)) };
+    let Some(pid) = choose(&met, rng) else { return Ok(Done::new("there was none", Shows::Itself(false))) };
+    let Ok(stopped) = Stopped::new(*pid) else { return Ok(Done::new("it had ended", Shows::Itself(false))) };
     hold(rng, 500..3000).await;
     drop(stopped);
-    Done::new("", Shows::Itself(true))
+    Ok(Done::new("", Shows::Itself(true)))
 }
 
 pub(super) async fn freeze_node(world: &mut World, nodes: &Nodes, rng: &mut StdRng) -> Result<Done> {
@@ -72,5 +72,5 @@ pub(super) async fn freeze_node(world: &mut World, nodes: &Nodes, rng: &mut StdR
     world.timeline.incidents.stopped.push((node.id, from, went_on));
     // A short stop is none.
     let shows = if went_on - from > 2_000_000_000 { Shows::Line } else { Shows::Itself(true) };
-    Done::new(format!("node {} for {} ms", node.id, (went_on - from) / 1_000_000), shows)
+    Ok(Done::new(format!("node {} for {} ms", node.id, (went_on - from) / 1_000_000), shows))
 }

@@ -4,23 +4,32 @@ use anyhow::Result;
 use rand::{Rng as _, rngs::StdRng};
 
 use super::{Done, Shows, hold};
-use crate::verify::torture::{table::Place, world::World};
+use crate::verify::torture::{
+    plan::{Plan, Step},
+    table::Place,
+    world::World,
+    writer::transact,
+};
 
-/// Third parties: one holds up the queue, another one fills it. What is sent cannot be read by a node, and is more than it lets wait.
-pub(super) async fn flood(world: &World, rng: &mut StdRng) -> Result<Done> {
+/// Third parties: one holds up the queue, another one fills it, with more than a node lets wait. Among it is a change.
+pub(super) async fn flood(world: &mut World, rng: &mut StdRng) -> Result<Done> {
     let (blocker, sender) = (world.client().await?, world.client().await?);
     blocker.batch_execute("listen something; begin; select 1").await?;
-    let count = rng.random_range(200..1500_u32);
-    let channel = if rng.random_bool(0.8) { "rowcache" } else { "of_others" };
-    sender
-        .batch_execute(&format!(
-            "do $$ begin for n in 1..{count} loop perform pg_notify('{channel}', repeat('x', 7900) || n); end loop; end $$"
-        ))
-        .await?;
-    hold(rng, 200..800).await;
+    let place = Place::any(rng);
+    let mut sent = 0;
+    for _ in 0..4 {
+        let count = rng.random_range(100..500_u32);
+        let mut plan = Plan::of(place, Step::Notify(count));
+        plan.steps.extend([(Step::Update(place.draw_some(rng, 12)), false), (Step::Notify(count), false)]);
+        // It failed, if somebody waited for the same locks.
+        if let Ok(attempt) = transact(&sender, &plan, world.origin).await {
+            sent += 2 * count;
+            world.timeline.incidents.wrote.push(attempt);
+        }
+    }
+    hold(rng, 100..500).await;
     blocker.batch_execute("rollback; unlisten *").await?;
-    let shows = if channel == "rowcache" { Shows::Unreadable } else { Shows::Itself(true) };
-    Done::new(format!("{count} messages on `{channel}`"), shows)
+    Ok(Done::new(format!("{sent} messages"), Shows::Overflow))
 }
 
 /// Messages that anybody can send. They can only make a node forget.
@@ -57,5 +66,5 @@ pub(super) async fn forge(world: &World, rng: &mut StdRng) -> Result<Done> {
         sent += client.execute("select pg_notify($1, $2)", &[channel, &payload]).await?;
     }
     hold(rng, 100..400).await;
-    Done::new(format!("{sent} messages on {} channels", channels.len().max(1)), Shows::Unreadable)
+    Ok(Done::new(format!("{sent} messages on {} channels", channels.len().max(1)), Shows::Unreadable))
 }

@@ -32,7 +32,7 @@ pub(super) async fn terminate(world: &World, nodes: &Nodes, rng: &mut StdRng) ->
     let ended: i64 = world.client().await?.query_one(sql, &[&like]).await?.get(0);
     hold(rng, 100..1500).await;
     let shows = if ended == 0 { Shows::Itself(false) } else { shows };
-    Done::new(format!("{ended} connections, {which} of node {id}"), shows)
+    Ok(Done::new(format!("{ended} connections, {which} of node {id}"), shows))
 }
 
 pub(super) async fn kill_backend(world: &mut World, rng: &mut StdRng) -> Result<Done> {
@@ -42,7 +42,7 @@ pub(super) async fn kill_backend(world: &mut World, rng: &mut StdRng) -> Result<
     world.close();
     if world.server.kill_backend(pid).is_err() {
         world.open();
-        return Done::new("it had ended", Shows::Itself(false));
+        return Ok(Done::new("it had ended", Shows::Itself(false)));
     }
     world.begin_era();
     // This connection ends with all others; the next one is to a server that has recovered.
@@ -54,14 +54,14 @@ pub(super) async fn kill_backend(world: &mut World, rng: &mut StdRng) -> Result<
     timeout(PATIENCE, over).await.context("the server does not notice that a process was killed")?;
     world.until_ready().await?;
     world.open();
-    Done::new("", Shows::Line)
+    Ok(Done::new("", Shows::Line))
 }
 
 pub(super) async fn crash(world: &mut World) -> Result<Done> {
     world.close();
     world.crash().await?;
     world.open();
-    Done::new("", Shows::Line)
+    Ok(Done::new("", Shows::Line))
 }
 
 /// A commit that is not acknowledged, and holds the lock that orders notifications.
@@ -92,7 +92,7 @@ pub(super) async fn wait_for_standby(world: &mut World, rng: &mut StdRng) -> Res
     let attempt = timeout(PATIENCE, waiting).await.context("a cancelled commit does not end")??;
     // It may have been cancelled before its commit.
     world.timeline.incidents.wrote.extend(attempt);
-    Done::new(format!("then {how}"), Shows::Itself(waited))
+    Ok(Done::new(format!("then {how}"), Shows::Itself(waited)))
 }
 
 /// Split brain: the standby lacks the last commits, and the old primary runs on. First the pools move, or first the lines.
@@ -139,7 +139,7 @@ pub(super) async fn promote(world: &mut World, nodes: &Nodes, rng: &mut StdRng) 
     }
     let until = world.now();
     world.timeline.incidents.split = Some((promoted, until, world.server.port()));
-    Done::new(if pools_first { "pools move first" } else { "lines move first" }, Shows::Line)
+    Ok(Done::new(if pools_first { "pools move first" } else { "lines move first" }, Shows::Line))
 }
 
 async fn caught_up(follower: &Client) -> Result<()> {
