@@ -98,10 +98,13 @@ fn writes<'a>(
     survived: &'a HashSet<(Key, u64)>,
     wrong: &mut Vec<String>,
 ) -> impl Iterator<Item = Write> + use<'a> {
-    let lost = timeline.incidents.lost;
     let acknowledged = attempt.ended.is_some();
-    let is_gone = |row: &super::wire::Written| !row.undone && !survived.contains(&(row.key, row.number));
-    if acknowledged && !attempt.rolled_back && !lost && attempt.rows.iter().any(is_gone) {
+    // Of the era that the database is in, nothing can be lost.
+    let may_be_lost = |number| timeline.version(attempt.port, number).era < timeline.era();
+    let is_gone = |row: &super::wire::Written| {
+        !row.undone && !survived.contains(&(row.key, row.number)) && !may_be_lost(row.number)
+    };
+    if acknowledged && !attempt.rolled_back && attempt.rows.iter().any(is_gone) {
         wrong.push(format!("transaction {} was committed, and is gone, and nothing has crashed", attempt.xid));
     }
     // What the new primary has was not for nodes that had not been told of it.
@@ -112,7 +115,7 @@ fn writes<'a>(
             Outcome::RolledBack
         } else if survived.contains(&(row.key, row.number)) {
             Outcome::Committed
-        } else if lost {
+        } else if may_be_lost(row.number) {
             Outcome::Lost
         } else {
             Outcome::RolledBack

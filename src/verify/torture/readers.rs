@@ -1,6 +1,7 @@
 //! The readers of a node, each in every mode, and its writer, whose transactions yield tokens.
 
 use std::{
+    ops::Range,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -24,6 +25,9 @@ use crate::{Cached, Freshness, Lookup, Result, Table, Token, Transaction};
 
 const READERS: u64 = 6;
 
+/// So many of them never ask for a fence, and go on reading when none comes back.
+const AT_ONCE: u64 = 3;
+
 /// Reads that are told of at a time.
 const BATCH: usize = 200;
 
@@ -40,7 +44,8 @@ pub(super) fn start(
 ) {
     let seed = subject.setup.seed ^ subject.now();
     for n in 0..READERS {
-        work.spawn(read(Arc::clone(subject), StdRng::seed_from_u64(seed + n), stopping.clone()));
+        let modes = if n < AT_ONCE { 0..70 } else { 0..100 };
+        work.spawn(read(Arc::clone(subject), StdRng::seed_from_u64(seed + n), modes, stopping.clone()));
     }
     work.spawn(read_tokens(Arc::clone(subject), hand.subscribe(), stopping.clone()));
     work.spawn(write(Arc::clone(subject), StdRng::seed_from_u64(seed + READERS), stopping.clone()));
@@ -49,12 +54,15 @@ pub(super) fn start(
     }
 }
 
-async fn read(subject: Arc<Subject>, mut rng: StdRng, stopping: watch::Receiver<bool>) {
+async fn read(subject: Arc<Subject>, mut rng: StdRng, modes: Range<u32>, stopping: watch::Receiver<bool>) {
     let mut reads = Vec::new();
     while !*stopping.borrow() {
         for _ in 0..4 {
+            if *stopping.borrow() {
+                break;
+            }
             let place = Place::any(&mut rng);
-            let asked = draw(&mut rng);
+            let asked = draw(&mut rng, modes.clone());
             let keys = match asked {
                 Asked::GetMany | Asked::Snapshot => place.draw_some(&mut rng, KEYS_MAX),
                 _ => vec![place.draw(&mut rng)],
@@ -69,16 +77,16 @@ async fn read(subject: Arc<Subject>, mut rng: StdRng, stopping: watch::Receiver<
     subject.tell(Told::Reads(reads)).await;
 }
 
-fn draw(rng: &mut StdRng) -> Asked {
-    match rng.random_range(0..100_u32) {
-        0..50 => Asked::Get,
-        50..60 => Asked::GetMany,
-        60..68 => Asked::TryGet,
-        68..76 => Asked::Snapshot,
-        76..84 => Asked::Within(*[20, 100, 400, 1200].choose(rng).expect("some")),
-        84..90 => Asked::Fenced,
-        90..95 => Asked::Any,
-        _ => Asked::Stale,
+fn draw(rng: &mut StdRng, modes: Range<u32>) -> Asked {
+    match rng.random_range(modes) {
+        0..40 => Asked::Get,
+        40..50 => Asked::GetMany,
+        50..58 => Asked::TryGet,
+        58..63 => Asked::Any,
+        63..70 => Asked::Stale,
+        70..78 => Asked::Snapshot,
+        78..90 => Asked::Within(*[20, 100, 400, 1200].choose(rng).expect("some")),
+        _ => Asked::Fenced,
     }
 }
 

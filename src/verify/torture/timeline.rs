@@ -20,8 +20,6 @@ pub(super) struct Timeline {
 /// What excuses what, in this episode.
 #[derive(Debug, Default)]
 pub(super) struct Incidents {
-    /// Commits may have been lost.
-    pub(super) lost: bool,
     /// There were two primaries: from when, until when, and the port of the new one. Nobody can know which one is right.
     pub(super) split: Option<(Time, Time, u16)>,
     /// This node was stopped, and went on at this time: its clock thread may come late.
@@ -38,7 +36,6 @@ impl Timeline {
     /// Commits may be lost; what is written on this server from then on is of another era.
     pub(super) fn begin_era(&mut self, port: u16, from: Time) {
         self.eras.push((port, from, self.era() + 1));
-        self.incidents.lost = true;
     }
 
     pub(super) fn era(&self) -> u32 {

@@ -128,7 +128,8 @@ impl World {
     /// All that has survived, once nothing is under way: changed rows with their numbers, and what the tables hold.
     pub(super) async fn survivors(&self, client: &Client) -> Result<Survivors> {
         let keys: Vec<Key> = PLACES.iter().flat_map(super::table::Place::all).collect();
-        client.batch_execute("begin").await?;
+        // What is carried over to the next episode must not be lost in a crash there.
+        client.batch_execute("begin; set local synchronous_commit = on").await?;
         timeout(PATIENCE, client.simple_query(&plan::lock(&keys))).await.context("a transaction does not end")??;
         // Read committed: each of these statements sees what was committed before the locks came free.
         let mut survivors = Survivors::default();

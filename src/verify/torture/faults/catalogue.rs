@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use rand::{Rng as _, rngs::StdRng};
+use tokio_postgres::Client;
 
 use super::{Done, Shows, hold};
 use crate::verify::torture::{
@@ -38,14 +39,25 @@ pub(super) async fn change(world: &mut World, rng: &mut StdRng) -> Result<Done> 
         ),
     ];
     let (what, before, after) = &what[rng.random_range(0..what.len())];
-    client.batch_execute(before).await.context("cannot change the table")?;
+    insist(&client, before).await.context("cannot change the table")?;
     let steps =
         [Step::Bulk, Step::Update(place.draw_some(rng, 5)), Step::Delete(place.draw_some(rng, 3)), Step::Truncate];
     for step in &steps[..rng.random_range(1..=steps.len())] {
-        let attempt = transact(&client, &Plan::of(place, step.clone()), world.origin).await?;
-        world.timeline.incidents.wrote.push(attempt);
+        if let Ok(attempt) = transact(&client, &Plan::of(place, step.clone()), world.origin).await {
+            world.timeline.incidents.wrote.push(attempt);
+        }
         hold(rng, 0..400).await;
     }
-    client.batch_execute(after).await.context("cannot change the table back")?;
+    insist(&client, after).await.context("cannot change the table back")?;
     Ok(Done::new(format!("{what}, {name}"), Shows::Cleared))
+}
+
+/// Tries more than once: writers and loads want the same locks, and a deadlock ends one of them.
+async fn insist(client: &Client, sql: &str) -> Result<()> {
+    for _ in 0..5 {
+        if client.batch_execute(sql).await.is_ok() {
+            return Ok(());
+        }
+    }
+    Ok(client.batch_execute(sql).await?)
 }

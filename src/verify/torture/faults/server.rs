@@ -116,8 +116,8 @@ pub(super) async fn promote(world: &mut World, nodes: &Nodes, rng: &mut StdRng) 
     };
     timeout(PATIENCE, cut).await.context("the standby still follows")?;
     // What is committed from here on will be lost.
-    let lost = transact(&world.client().await?, &Plan::of(&PLACES[0], Step::Bulk), world.origin).await?;
-    world.timeline.incidents.wrote.push(lost);
+    let lost = transact(&world.client().await?, &Plan::of(&PLACES[0], Step::Bulk), world.origin).await;
+    world.timeline.incidents.wrote.extend(lost);
     hold(rng, 100..400).await;
     let promoted = world.now();
     standby.promote().await?;
@@ -126,8 +126,8 @@ pub(super) async fn promote(world: &mut World, nodes: &Nodes, rng: &mut StdRng) 
     world.timeline.begin_era(world.server.port(), promoted);
     world.timeline.incidents.split = Some((promoted, u64::MAX, world.server.port()));
     world.open();
-    let new = transact(&world.client().await?, &Plan::of(Place::any(rng), Step::Bulk), world.origin).await?;
-    world.timeline.incidents.wrote.push(new);
+    let new = transact(&world.client().await?, &Plan::of(Place::any(rng), Step::Bulk), world.origin).await;
+    world.timeline.incidents.wrote.extend(new);
     let pools_first: bool = rng.random();
     for first in [true, false] {
         for node in &nodes.all {
