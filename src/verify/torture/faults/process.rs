@@ -40,7 +40,8 @@ pub(super) async fn freeze_listener(world: &World, nodes: &Nodes, rng: &mut StdR
     let pids = backends(world, &format!("torture {id} (listener%"), "true").await?;
     let pid = *choose(&pids, rng).context("it has a listener")?;
     let stopped = Stopped::new(pid)?;
-    hold(rng, 1500..4000).await;
+    // Longer than reads may be behind: the lease has to end it.
+    hold(rng, 1500..9000).await;
     drop(stopped);
     Ok(Done::new(format!("of node {id}"), Shows::Line))
 }
