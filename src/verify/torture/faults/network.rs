@@ -8,13 +8,16 @@ use rand::{Rng as _, rngs::StdRng};
 use super::{Done, Shows, choose, hold};
 use crate::verify::{
     proxy::{Close, Direction, Flow},
-    torture::nodes::Nodes,
+    torture::nodes::{NodeProcess, Nodes},
 };
 
 /// Does something to the pool, the line, or both, of one node.
 pub(super) async fn disturb(nodes: &mut Nodes, rng: &mut StdRng) -> Result<Done> {
     let n = rng.random_range(0..nodes.all.len());
     let node = &mut nodes.all[n];
+    if rng.random_bool(0.3) {
+        return one_line(node, rng).await;
+    }
     let (to_pool, to_line) = *choose(&[(true, false), (false, true), (false, true), (true, true)], rng).expect("some");
     let kind = rng.random_range(0..6_u32);
     let name = ["stall", "swallow", "delay", "reset", "refuse", "stall one way"][kind as usize];
@@ -51,4 +54,16 @@ pub(super) async fn disturb(nodes: &mut Nodes, rng: &mut StdRng) -> Result<Done>
     // A short delay need not be noticed, nor a lost connection of the pool.
     let shows = if to_line && matches!(kind, 1 | 3 | 4) { Shows::Line } else { Shows::Itself(true) };
     Ok(Done::new(format!("{name}, {to} of node {}", node.id), shows))
+}
+
+/// One LISTEN connection gets nothing more, and then ends. Of two, the other one has what this one lacks.
+async fn one_line(node: &NodeProcess, rng: &mut StdRng) -> Result<Done> {
+    let lines: Vec<_> = node.listener.connections().into_iter().filter(|it| it.greeted_with("(listener")).collect();
+    let Some(line) = choose(&lines, rng) else {
+        return Ok(Done::new("there was no line", Shows::Itself(false)));
+    };
+    line.set(Direction::Down, Flow::Stall);
+    hold(rng, 100..1500).await;
+    line.close(Close::Rst).await;
+    Ok(Done::new(format!("stall and reset, one line of node {}", node.id), Shows::Line))
 }
