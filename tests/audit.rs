@@ -1,6 +1,6 @@
 //! The audit of rows that were served: it finds what nobody told, and is silent whatever else happens.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

@@ -1,6 +1,6 @@
 //! Wrong URLs, wrong tables, wrong keys, wrong messages: what is said, and that nothing worse happens.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

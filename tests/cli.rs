@@ -1,6 +1,6 @@
 //! The `rowcache` program as its users meet it: the real binary, a real Postgres, and what is printed line by line.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

@@ -1,6 +1,6 @@
 //! The examples do what their first lines say, as processes of their own, on real Postgres.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

@@ -5,7 +5,7 @@
 //! the fault is over the node is back by itself: coherent, holding rows, hearing changes. `gap.rs` has the faults that were
 //! there first.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

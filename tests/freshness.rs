@@ -1,6 +1,6 @@
 //! Reads that ask for more, or for less, than a coherent entry; tokens; and what reads do while the node is not coherent.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

@@ -1,7 +1,7 @@
 //! Everything that can come between a commit and a node: what reads return meanwhile, and that nothing from
 //! before is served after it.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

@@ -1,6 +1,6 @@
 //! Tables whose keys are secrets, read through the cache: messages have hashes, and a node knows whose they are.
 
-#![cfg(feature = "cli")] // the throw-away server is part of it: `cargo test --all-features`
+#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
 
 #[macro_use]
 mod support;

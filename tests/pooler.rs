@@ -1,6 +1,6 @@
 //! A real PgBouncer in transaction mode: LISTEN succeeds, and nothing ever arrives.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

@@ -1,6 +1,6 @@
 //! The tools that other tests trust: the proxy breaks what it says it breaks, and the witness of the log sees all threads.
 
-#![cfg(feature = "cli")] // the throw-away server is part of it: `cargo test --all-features`
+#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
 
 #[macro_use]
 mod support;

@@ -1,6 +1,6 @@
 //! Reading through the cache, and what an UPDATE elsewhere does to it: one node and several, on real Postgres.
 
-#![cfg(feature = "cli")] // the throw-away server is part of it: `cargo test --all-features`
+#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
 
 #[macro_use]
 mod support;

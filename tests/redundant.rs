@@ -1,6 +1,6 @@
 //! A node with two lines: losing one is no gap, losing both is one.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

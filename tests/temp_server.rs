@@ -1,6 +1,6 @@
 //! The throw-away server itself: it starts, stops, crashes and, whatever happens to its owner, ends.
 
-#![cfg(feature = "cli")] // the throw-away server is part of it: `cargo test --all-features`
+#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
 
 #[macro_use]
 mod support;

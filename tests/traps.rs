@@ -26,7 +26,7 @@
 //! | `trap_22_the_old_row_served_for_ever` | old rows were served for as long as the database was away | `limits.rs` |
 //! | `trap_23_the_load_that_is_stuck` | a load that hung, panicked or was cancelled blocked its key | `limits.rs` |
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 #![allow(clippy::doc_markdown)] // names of other projects are not code
 
 #[macro_use]

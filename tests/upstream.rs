@@ -1,7 +1,7 @@
 //! What we rely on, and others promise or merely do: Postgres, the drivers, and `quick_cache`. A new version that changes an answer
 //! fails here, and not in production.
 
-#![cfg(feature = "cli")]
+#![cfg(feature = "verify")]
 
 #[macro_use]
 mod support;

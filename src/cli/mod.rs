@@ -11,7 +11,7 @@ mod doctor;
 pub mod logs;
 mod programs;
 mod report;
-mod signals;
+pub(crate) mod signals;
 pub mod temp_server;
 mod text;
 mod watch;

@@ -5,6 +5,7 @@
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
 //! | `model` | every state that the protocol can reach, within bounds |
 //! | `mutants` | takes out one protection after another, and sees that something notices |
+//! | `torture`, `proxy` | real Postgres, real processes, real faults |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
 
@@ -13,7 +14,10 @@ mod facts;
 pub mod history;
 mod model;
 mod mutants;
+#[expect(clippy::missing_panics_doc, reason = "a test ground: what the machine refuses ends the run")]
+pub mod proxy;
 mod story;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -34,6 +38,12 @@ enum Command {
     /// Takes out one protection after another, and sees that something notices.
     #[command(after_help = mutants::HELP)]
     Mutants(mutants::Options),
+    /// Runs nodes, writers and readers against a real Postgres, breaks everything, and checks all that was read.
+    #[command(after_help = torture::HELP)]
+    Torture(torture::Options),
+    /// A node of `torture`: a process that it starts, and talks to.
+    #[command(hide = true)]
+    TortureNode,
 }
 
 impl Cli {
@@ -50,6 +60,8 @@ impl Cli {
         match self.command {
             Command::Model(model) => tokio::task::spawn_blocking(move || model.run()).await?,
             Command::Mutants(options) => tokio::task::spawn_blocking(move || mutants::run(&options)).await?,
+            Command::Torture(options) => torture::torture(&options).await,
+            Command::TortureNode => torture::run_node().await,
         }
     }
 }

@@ -25,7 +25,6 @@
 #![allow(dead_code)] // every test program compiles all of this and uses its part
 
 pub mod logs;
-pub mod proxy;
 
 use std::{
     env,
@@ -51,6 +50,8 @@ use tokio::{
 use tokio_postgres::{AsyncMessage, Client, NoTls, Notification};
 
 pub use logs::Logs;
+#[allow(unused_imports)] // every test program compiles all of this and uses its part
+pub use rowcache::verify::proxy;
 
 /// For everything a test waits for. Much longer than anything takes; what never comes is reported after it.
 pub const PATIENCE: Duration = Duration::from_secs(30);

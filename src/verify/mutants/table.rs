@@ -105,10 +105,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/gate.rs",
         text: "        self.0 += 1;\n        Word(self.0 << 1 | u64::from(coherent))",
         instead: "        Word(self.0 << 1 | u64::from(coherent))",
-        catchers: &[
-            Unit("nothing_is_cached_or_served_while_not_coherent"),
-            Test("traps", "trap_08"),
-        ],
+        catchers: &[Unit("nothing_is_cached_or_served_while_not_coherent"), Test("traps", "trap_08")],
     },
     Mutant {
         name: "closed-gate",

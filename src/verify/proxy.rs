@@ -25,7 +25,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::PATIENCE;
+/// Whatever is waited for here takes no longer; what does is a fault of the machine.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -39,6 +40,7 @@ pub enum Direction {
 /// What happens to bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Flow {
+    /// They go through.
     Pass,
     /// Nothing is read: buffers fill up, nothing is lost, `Pass` lets all of it through.
     Stall,
@@ -92,11 +94,14 @@ impl Proxy {
         Self { address, shared, acceptor }
     }
 
+    /// Where it listens, on 127.0.0.1.
+    #[must_use]
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
     /// The same URL, through this proxy.
+    #[must_use]
     pub fn url(&self, url: &str) -> String {
         let mut url = url::Url::parse(url).expect("a URL");
         url.set_port(Some(self.port())).expect("a URL with a host");
@@ -123,11 +128,13 @@ impl Proxy {
     }
 
     /// The open connections, oldest first.
+    #[must_use]
     pub fn connections(&self) -> Vec<Arc<Connection>> {
         self.shared.connections.lock().unwrap().iter().filter(|connection| connection.is_open()).cloned().collect()
     }
 
     /// How many connections there have ever been.
+    #[must_use]
     pub fn accepted(&self) -> usize {
         self.shared.connections.lock().unwrap().len()
     }
@@ -247,6 +254,8 @@ impl Connection {
         self.bytes[direction as usize].load(Ordering::Relaxed)
     }
 
+    /// Whether neither side has ended it.
+    #[must_use]
     pub fn is_open(&self) -> bool {
         *self.open.borrow()
     }
