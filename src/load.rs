@@ -32,7 +32,7 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
             Err(error) => runner.fail(&error),
         }
         if let Some(sweep) = runner.sweep() {
-            tokio::task::spawn_blocking(sweep);
+            shared.host.spawn_blocking(Box::new(sweep));
         }
     }
 }
