@@ -47,7 +47,7 @@ fn redundant(url: &str) -> Config {
     config.redundant_listener = true;
     config.beat = Duration::from_millis(20);
     (config.beat_timeout, config.lease) = (PATIENCE, 2 * PATIENCE);
-    config.events_max = 1 << 20;
+    config.events_max = 1_000_000;
     config
 }
 

@@ -14,7 +14,7 @@ pub type Time = u64;
 /// A key of the table that is written and read.
 pub type Key = i64;
 
-/// One node, from its start to its end. A process that is started again is another node.
+/// One cache of one node, from its start to its end. A process that is started again is another node.
 pub type NodeId = u32;
 
 /// The place of a write among the writes of its key. Grows with a number that the writers count in the database, which may lose
@@ -131,4 +131,10 @@ pub struct History {
     pub reads: Vec<Read>,
     /// Every event of a node, with the moment *after* it at which it was noted.
     pub notes: Vec<(NodeId, Time, Noted)>,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.era == 0 { write!(f, "v{}", self.number) } else { write!(f, "v{}.{}", self.era, self.number) }
+    }
 }

@@ -2,12 +2,14 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | `history`, `checker` | what happened in a run, and whether it was allowed |
+//! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
 
 pub mod checker;
+mod facts;
 pub mod history;
+mod story;
 
 use std::process::ExitCode;
 
