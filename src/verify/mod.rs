@@ -2,6 +2,7 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
+//! | `simulation` | many real nodes in one thread, with a database, a network and a clock that are not real |
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
@@ -9,12 +10,15 @@
 pub mod checker;
 mod facts;
 pub mod history;
+pub mod simulation;
 mod story;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+use simulation::Simulate;
 
 /// Shows that what rowcache promises holds, and that what shows it can fail.
 #[derive(Parser)]
@@ -25,7 +29,10 @@ pub struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Runs many nodes in one thread, with a simulated database, network and clock, from a seed.
+    Simulate(Simulate),
+}
 
 impl Cli {
     /// Does what was asked.
@@ -38,6 +45,8 @@ impl Cli {
     ///
     /// Not to be cancelled: processes that it started may go on.
     pub async fn run(self) -> Result<ExitCode> {
-        match self.command {}
+        match self.command {
+            Command::Simulate(what) => Ok(tokio::task::spawn_blocking(move || simulation::simulate(&what)).await?),
+        }
     }
 }
