@@ -33,6 +33,9 @@ pub struct Simulate {
     /// Steps of each run, after which its faults end.
     #[arg(long, default_value_t = 20_000)]
     steps: u64,
+    /// Print everything that happens.
+    #[arg(long)]
+    trace: bool,
     /// Go on after a violation.
     #[arg(long)]
     keep_going: bool,
@@ -133,7 +136,7 @@ fn listed<K: AsRef<str>>(counts: &BTreeMap<K, u64>) -> String {
 #[must_use]
 pub fn simulate(what: &Simulate) -> ExitCode {
     let began = Instant::now();
-    let size = Size { nodes: what.nodes.max(1), steps: what.steps };
+    let size = Size { nodes: what.nodes.max(1), steps: what.steps, traced: what.trace };
     let enough = |seeds: u64| match what.minutes {
         Some(minutes) => began.elapsed().as_secs_f64() >= minutes * 60.0 && seeds > 0,
         None => seeds >= what.seeds,
@@ -142,6 +145,9 @@ pub fn simulate(what: &Simulate) -> ExitCode {
     while !enough(sum.seeds) {
         let seed = what.seed.wrapping_add(sum.seeds);
         let outcome = run::run(seed, size);
+        for line in &outcome.trace {
+            println!("{line}");
+        }
         if let Some(first) = outcome.violations.first() {
             println!("seed {seed}: {} violations, of which this is the first:\n{first}", outcome.violations.len());
             println!("again: rowcache-verify simulate --seed {seed} --nodes {} --steps {}\n", size.nodes, size.steps);

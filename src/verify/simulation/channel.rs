@@ -36,7 +36,6 @@ pub(super) struct SimServer {
 /// A line of a node.
 pub(super) struct SimLine {
     world: Arc<World>,
-    pub(super) node: NodeId,
     server: usize,
     incarnation: Incarnation,
     pub(super) wire: Arc<Wire>,
@@ -117,8 +116,7 @@ impl Server for SimServer {
                 }
                 inner.servers[server].listen_at()
             };
-            let line =
-                SimLine { world: Arc::clone(world), node: self.node, server, incarnation, wire: Arc::clone(&wire) };
+            let line = SimLine { world: Arc::clone(world), server, incarnation, wire: Arc::clone(&wire) };
             let listening = listen(Arc::clone(world), Arc::clone(&wire), server, at, own_channel.to_owned(), hear);
             world.spawn(Some(self.node), listening);
             world.statement().await;

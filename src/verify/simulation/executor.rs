@@ -22,6 +22,7 @@ pub(super) type Owner = Option<NodeId>;
 #[derive(Default)]
 pub(super) struct Tasks {
     new: Mutex<Vec<(Owner, Task)>>,
+    /// In their order, and not in that in which they woke up: who waits for a `watch` is woken in a random one.
     ready: Mutex<Vec<usize>>,
     /// Nodes that stand still, and their tasks that could go on.
     stopped: Mutex<BTreeSet<NodeId>>,
@@ -40,7 +41,7 @@ impl Tasks {
     }
 
     fn wake(&self, id: usize) {
-        lock(&self.ready).push(id);
+        insert(&mut lock(&self.ready), id);
         self.stir();
     }
 
@@ -97,12 +98,17 @@ pub(super) struct Executor {
     slots: Vec<Slot>,
     free: Vec<usize>,
     dice: Dice,
+    /// The time, and since which step it has been that.
+    standstill: (Duration, u64),
 }
+
+/// After so many steps in which no time has passed, it never will.
+const STANDSTILL: u64 = 300_000;
 
 impl Executor {
     pub(super) fn new(tasks: Arc<Tasks>, seed: u64) -> Self {
         let dice = Dice::new(seed ^ 0x5eed);
-        Self { tasks, slots: Vec::new(), free: Vec::new(), dice }
+        Self { tasks, slots: Vec::new(), free: Vec::new(), dice, standstill: Default::default() }
     }
 
     /// Runs until `main` has ended.
@@ -141,7 +147,7 @@ impl Executor {
                 return false;
             }
             let n = self.dice.below(ready.len());
-            ready.swap_remove(n)
+            ready.remove(n)
         };
         let slot = &mut self.slots[id];
         let Some(task) = &mut slot.task else { return true };
@@ -165,7 +171,11 @@ impl Executor {
             }
         }
         slot.flag.queued.store(false, Ordering::Relaxed);
-        self.tasks.steps.fetch_add(1, Ordering::Relaxed);
+        let steps = self.tasks.steps.fetch_add(1, Ordering::Relaxed);
+        if self.standstill.0 != world.now() {
+            self.standstill = (world.now(), steps);
+        }
+        assert!(steps - self.standstill.1 < STANDSTILL, "tasks run and no time passes, task {id} of {:?}", slot.owner);
         world.before_step(slot.owner, id);
         let done = task.as_mut().poll(&mut Context::from_waker(&slot.waker)).is_ready();
         if done {
@@ -187,6 +197,12 @@ impl Executor {
         } else {
             self.slots[id] = slot;
         }
-        lock(&self.tasks.ready).push(id);
+        insert(&mut lock(&self.tasks.ready), id);
+    }
+}
+
+fn insert(sorted: &mut Vec<usize>, id: usize) {
+    if let Err(at) = sorted.binary_search(&id) {
+        sorted.insert(at, id);
     }
 }

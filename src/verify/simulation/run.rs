@@ -33,6 +33,8 @@ pub(super) struct Size {
     pub(super) nodes: u32,
     /// Polls of tasks, after which the faults end.
     pub(super) steps: u64,
+    /// All events are to be told.
+    pub(super) traced: bool,
 }
 
 /// What came of a run.
@@ -43,6 +45,8 @@ pub(super) struct Outcome {
     pub(super) report: Report,
     pub(super) counts: BTreeMap<&'static str, u64>,
     pub(super) reads: BTreeMap<&'static str, u64>,
+    /// All events, a line each, if they were asked for.
+    pub(super) trace: Vec<String>,
     /// Each with the last events of its node and key.
     pub(super) violations: Vec<String>,
 }
@@ -68,6 +72,7 @@ pub(super) fn run(seed: u64, size: Size) -> Outcome {
             report: Report::default(),
             counts: BTreeMap::new(),
             reads: BTreeMap::new(),
+            trace: Vec::new(),
             violations: vec![format!("panic: {}", text.unwrap_or("(no text)"))],
         }
     })
@@ -87,14 +92,14 @@ async fn simulate(seed: u64, size: Size) -> Outcome {
         redundant: dice.once_in(3),
         inbox_bytes_max: dice.pick(&[2000, 6000, 1 << 20]),
         fallback: Fallback::Bypass,
-        refill: dice.pick(&[0, 5]),
+        refill: dice.pick(&[0, 1000]),
         loads_max: dice.pick(&[1, 2, 4]),
         load_keys_max: dice.pick(&[1, 3, 512]),
     };
     let slow = dice.pick(&[u64::MAX, 400, 60]);
     executor.run(&world, story(Arc::clone(&world), size, setup, kinds, slow)).await;
     drop(executor);
-    judge(&world, tasks.steps.load(Ordering::Relaxed))
+    judge(&world, tasks.steps.load(Ordering::Relaxed), size)
 }
 
 async fn story(world: Arc<World>, size: Size, setup: Setup, kinds: Vec<Fault>, slow: u64) {
@@ -174,7 +179,7 @@ async fn flush(world: Arc<World>) {
     }
 }
 
-fn judge(world: &World, steps: u64) -> Outcome {
+fn judge(world: &World, steps: u64, size: Size) -> Outcome {
     let mut inner = world.lock();
     let inner = &mut *inner;
     // Nodes and lines hold the world, and it holds them.
@@ -192,7 +197,8 @@ fn judge(world: &World, steps: u64) -> Outcome {
         violations.push(format!("key {key}, node {node}: {}\n{}", found.what, trace(node, key)));
     }
     let fingerprint = inner.trace.fingerprint();
+    let trace = if size.traced { inner.trace.all() } else { Vec::new() };
     let (counts, reads) = (std::mem::take(&mut inner.counts), std::mem::take(&mut inner.reads));
     drop(nodes);
-    Outcome { steps, fingerprint, report, counts, reads, violations }
+    Outcome { steps, fingerprint, report, counts, reads, trace, violations }
 }

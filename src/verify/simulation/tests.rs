@@ -1,6 +1,6 @@
 use super::run::{Size, run};
 
-const SMALL: Size = Size { nodes: 3, steps: 6000 };
+const SMALL: Size = Size { nodes: 3, steps: 6000, traced: false };
 
 #[test]
 fn a_few_seeds_violate_nothing() {

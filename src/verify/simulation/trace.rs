@@ -57,6 +57,11 @@ impl Trace {
         self.hash.finish()
     }
 
+    /// All events, a line each.
+    pub(super) fn all(&self) -> Vec<String> {
+        self.events.iter().map(line).collect()
+    }
+
     /// The last events that concern a key on a node.
     pub(super) fn of(&self, node: NodeId, key: Key, last: usize) -> Vec<String> {
         let ours = |it: &&(Time, Option<NodeId>, What)| it.1.is_none_or(|of| of == node) && it.2.concerns(key);
