@@ -150,7 +150,8 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
         }
         let due = shared.look(|it| it.fence_due().into_iter().chain(it.fence_deadline()).chain(it.lease_end()).min());
         let due = due.into_iter().chain(shared.deaf_at()).min();
-        let pause = due.map_or(shared.config.beat, |due: Boot| due.saturating_sub(now));
+        // A deadline has passed only after its moment, at which this would otherwise spin: no timer is finer than this anyway.
+        let pause = due.map_or(shared.config.beat, |due: Boot| due.saturating_sub(now).max(Duration::from_millis(1)));
         tokio::select! {
             biased;
             () = shared.wake.notified() => {}
