@@ -155,11 +155,11 @@ struct Standing {
 
 impl Standing {
     fn of(world: &World, node: &SimNode) -> Self {
-        let inner = world.lock();
+        let mut inner = world.lock();
         Self {
             serves: node.table.store.is_coherent(),
             follows: inner.follows_primary(node),
-            split: inner.is_split(),
+            split: inner.was_split(world.now()),
             gaps: node.shared.look(|it| it.gaps()),
         }
     }

@@ -65,6 +65,7 @@ pub(super) struct Inner {
     pub(super) writing: bool,
     pub(super) reading: bool,
     pub(super) stormy: bool,
+    split_at: Option<Boot>,
     pub(super) writers: u64,
     pub(super) readers: u64,
     last: Time,
@@ -78,6 +79,9 @@ pub(super) struct Found {
     pub(super) key: Key,
     pub(super) what: String,
 }
+
+/// A lease, and the time after which an end is noticed.
+const SPLIT_ECHO: Duration = Duration::from_secs(3);
 
 /// How well things go at the moment.
 #[derive(Clone, Debug)]
@@ -137,6 +141,7 @@ impl World {
             writing: true,
             reading: true,
             stormy: true,
+            split_at: None,
             writers: 0,
             readers: 0,
             last: 0,
@@ -289,6 +294,14 @@ impl Inner {
     /// Whether there is a server that was replaced, and still answers.
     pub(super) fn is_split(&self) -> bool {
         self.servers.iter().enumerate().any(|(n, server)| server.alive && n != self.primary)
+    }
+
+    /// Whether there was one lately: what it said may be served for as long as a lease.
+    pub(super) fn was_split(&mut self, now: Boot) -> bool {
+        if self.is_split() {
+            self.split_at = Some(now);
+        }
+        self.split_at.is_some_and(|at| now < at + SPLIT_ECHO)
     }
 
     /// A number for a transaction.
