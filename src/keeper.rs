@@ -103,7 +103,7 @@ async fn hold(
     ready: &mut Option<oneshot::Sender<Result<()>>>,
 ) -> Result<()> {
     let _held = Held(shared);
-    shared.lead(id, line);
+    shared.lead(id, &line);
     tokio::select! {
         biased;
         end = beat(shared, ready) => end,
@@ -191,10 +191,10 @@ async fn send(shared: &Shared, fence: Fence) {
     let limit = limit(shared, covered);
     let sending = async {
         if fence.probe {
-            match shared.server.probe(&shared.own_channel, fence).await? {
-                true => Ok(true),
-                false => Err(Error::new(Kind::Unavailable, STUCK)),
+            if shared.server.probe(&shared.own_channel, fence).await? {
+                return Ok(true);
             }
+            Err(Error::new(Kind::Unavailable, STUCK))
         } else {
             line.send(&shared.own_channel, fence).await
         }

@@ -187,7 +187,9 @@ impl Server {
     fn follow(&self, canary: u64, kept: usize) -> (Server, Vec<Number>) {
         let lost = self.log[kept..].iter().map(|commit| commit.by).collect();
         let mut log = self.log[..kept].to_vec();
-        log.iter_mut().for_each(|commit| commit.flushed = true);
+        for commit in &mut log {
+            commit.flushed = true;
+        }
         let keys = self.locks.rows.len();
         let mut new = Server::new(canary, self.era + 1, self.base.clone(), log, keys);
         (new.triggers_on, new.catalogue) = (self.triggers_on, self.catalogue);

@@ -73,13 +73,13 @@ pub(super) async fn notify(
     world.pause(1).await;
     let lock = locks.commit.lock_owned();
     let held = match limit {
-        Some(limit) => match timeout(limit, lock).await {
-            Ok(held) => held,
-            Err(_) => {
+        Some(limit) => {
+            let Ok(held) = timeout(limit, lock).await else {
                 world.count("fence that waited too long");
                 return Ok(false);
-            }
-        },
+            };
+            held
+        }
         None => lock.await,
     };
     let (number, xid) = {
