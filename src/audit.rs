@@ -34,7 +34,6 @@ use std::{
 
 use crate::{
     change::RowKey,
-    clock,
     coherence::Boot,
     digest::Digest,
     key::{self, Key},
@@ -146,7 +145,7 @@ impl<K: Key, V: Send + Sync + 'static> Auditor<K, V> {
         let shared = &self.shared;
         let _turn = shared.loads.acquire().await;
         let gaps = shared.look(|coherence| coherence.gaps());
-        let at = clock::now();
+        let at = self.shared.host.now();
         match self.source.digests(&keys).await {
             Ok(read) if shared.is_ours(read.stamp.incarnation, gaps) && !read.stamp.dirty => Some((read.rows, at)),
             Ok(_) => None,
@@ -162,7 +161,7 @@ impl<K: Key, V: Send + Sync + 'static> Auditor<K, V> {
         store.invalidate(&served.key);
         store.counters.audits.incoherent(age);
         let key = store.hashed.is_none().then(|| served.key.to_parts());
-        if let Some(held_back) = self.alarms.pass(clock::now()) {
+        if let Some(held_back) = self.alarms.pass(self.shared.host.now()) {
             let lsn = served.entry.lsn();
             tracing::error!(
                 table = &*self.name,

@@ -16,6 +16,8 @@ use crate::{
     error::{Error, Kind, Result},
     fill::Join,
     hashed::{Hashed, Secret},
+    host::Process,
+    postgres::server::Postgres,
     source::{Digesting, Digests, Loading, Stamp},
     stats::Audits,
     status::Events,
@@ -64,7 +66,8 @@ struct World {
 
 /// A node that is coherent, and holds version 1 of row 1, which has just been served.
 fn world(hashed: Option<Hashed<i64>>) -> World {
-    let shared = Shared::new(Config::from_url("postgres://nobody@localhost:1/nowhere").expect("a URL"));
+    let config = Config::from_url("postgres://nobody@localhost:1/nowhere").expect("a URL");
+    let shared = Shared::new(config.clone(), Arc::new(Postgres::new(config)), Arc::new(Process));
     let store = Store::new(10, Limits { runners_max: 1, batch_max: 10 }, hashed).audited(true);
     let store = Arc::new(store);
     shared.tables.add(TABLE, Trust::default(), &(Arc::clone(&store) as Arc<dyn Member>));

@@ -11,7 +11,6 @@
 use std::{collections::HashMap, time::Duration};
 
 use crate::{
-    clock,
     error::{Error, Kind, Result},
     fill::Join,
     key::Key,
@@ -301,6 +300,6 @@ impl<K: Key, V: FromRow> Table<K, V> {
 impl Shared {
     /// The time since everything visible was last known to have been applied, now.
     pub(crate) fn age(&self) -> Duration {
-        self.horizon.age(clock::now())
+        self.horizon.age(self.host.now())
     }
 }

@@ -10,22 +10,16 @@ mod spare;
 use std::{sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    clock,
-    coherence::{Boot, Fence, Incarnation, Reason},
+    coherence::{Boot, Fence, Reason},
     config::Config,
-    error::{Error, Kind, Result},
+    error::{Error, Kind, Result, with_causes},
     lines::warn_lost,
-    postgres::{
-        database_error, has_code, is_connection_error,
-        lent::Lent,
-        line::{self, FENCE, Line},
-    },
     relay::LineId,
+    server::Line,
     shared::Shared,
     tables::Verified,
 };
@@ -34,6 +28,7 @@ use crate::{
 pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
     let mut stopping = shared.stopping();
     tokio::select! {
+        biased;
         () = keep_trying(&shared, ready) => {}
         _ = stopping.wait_for(|stopping| *stopping) => {}
     }
@@ -42,9 +37,9 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>
 async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
     let limit = open_limit(&shared.config);
     let mut ready = Some(ready);
-    let mut pauses = pauses();
+    let mut pauses = pauses(shared);
     loop {
-        let began = clock::now();
+        let began = shared.host.now();
         let end = match timeout(limit, open(shared)).await {
             Ok(Ok((id, line))) => hold(shared, id, line, &mut ready).await,
             Ok(Err(error)) => Err(error),
@@ -57,7 +52,7 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
         }
         match end {
             // It was up for a while, and is lost: the next attempts start afresh.
-            Ok(()) if clock::now() > began + shared.config.lease => pauses = self::pauses(),
+            Ok(()) if shared.host.now() > began + shared.config.lease => pauses = self::pauses(shared),
             Ok(()) => {}
             Err(error) => {
                 shared.gap(Reason::ConnectionLost(full(&error)));
@@ -73,11 +68,12 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Pauses between attempts: growing, and with jitter, so that the nodes of a fleet do not come back all at once.
-fn pauses() -> impl Iterator<Item = Duration> {
+fn pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(20))
         .with_max_delay(PAUSE_MAX)
         .with_jitter()
+        .with_jitter_seed(shared.host.random())
         .without_max_times()
         .build()
 }
@@ -92,44 +88,10 @@ fn no_answer(limit: Duration) -> Error {
 }
 
 /// Opens a line and makes sure that the pool reaches the same server.
-async fn open(shared: &Arc<Shared>) -> Result<(LineId, Line)> {
+async fn open(shared: &Arc<Shared>) -> Result<(LineId, Arc<dyn Line>)> {
     let (id, line) = shared.open_line().await?;
-    reach_same_server(shared, line.incarnation).await?;
+    shared.server.reaches(line.incarnation()).await?;
     Ok((id, line))
-}
-
-/// What Postgres says on a standby when it is asked for the canary, which is unlogged.
-const UNLOGGED_ON_STANDBY: &str = "0A000";
-
-/// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
-/// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
-async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()> {
-    let failed = |error| database_error("connecting the pool", error);
-    let mut outcome = Err(Error::new(
-        Kind::Config,
-        "the pool and the listener reach different servers or databases: both must reach the same primary",
-    ));
-    for _ in 0..=shared.pool.size() {
-        let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
-        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut **connection).await;
-        match stamp {
-            Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
-            Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
-                let what = "the pool reached a standby, whose rows lag behind; connect it to the primary";
-                outcome = Err(Error::with(Kind::Standby, what, error));
-            }
-            Err(error) => return Err(failed(error)),
-            Ok(row) => {
-                let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
-                let started = row.try_get(1).map_err(failed)?;
-                if canary.map(|canary| Incarnation { canary, started }) == Some(listening) {
-                    connection.give_back();
-                    return Ok(());
-                }
-            }
-        }
-    }
-    outcome
 }
 
 /// Keeps the node coherent, with this line and those that take over from it, until there is a gap. An error if the line
@@ -137,12 +99,13 @@ async fn reach_same_server(shared: &Shared, listening: Incarnation) -> Result<()
 async fn hold(
     shared: &Arc<Shared>,
     id: LineId,
-    line: Line,
+    line: Arc<dyn Line>,
     ready: &mut Option<oneshot::Sender<Result<()>>>,
 ) -> Result<()> {
     let _held = Held(shared);
-    shared.lead(id, line);
+    shared.lead(id, &line);
     tokio::select! {
+        biased;
         end = beat(shared, ready) => end,
         never = spare::keep(shared) => match never {},
     }
@@ -162,8 +125,8 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
     let mut checked = true;
     let mut proved = false;
     loop {
-        shared.step(|coherence| coherence.tick(clock::now()));
-        let now = clock::now();
+        shared.step(|coherence| coherence.tick(shared.host.now()));
+        let now = shared.host.now();
         let (up, has_line) = shared.look(|it| (it.bypassed().is_none(), it.has_line()));
         if up && !proved {
             proved = true;
@@ -187,8 +150,10 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
         }
         let due = shared.look(|it| it.fence_due().into_iter().chain(it.fence_deadline()).chain(it.lease_end()).min());
         let due = due.into_iter().chain(shared.deaf_at()).min();
-        let pause = due.map_or(shared.config.beat, |due: Boot| due.saturating_sub(now));
+        // A deadline has passed only after its moment, at which this would otherwise spin: no timer is finer than this anyway.
+        let pause = due.map_or(shared.config.beat, |due: Boot| due.saturating_sub(now).max(Duration::from_millis(1)));
         tokio::select! {
+            biased;
             () = shared.wake.notified() => {}
             () = tokio::time::sleep(pause.min(shared.config.beat)) => {}
         }
@@ -226,11 +191,7 @@ async fn send(shared: &Shared, fence: Fence) {
     let limit = limit(shared, covered);
     let sending = async {
         if fence.probe {
-            let failed = |error| database_error("sending a fence through the pool", error);
-            let mut connection = Lent::acquire(&shared.pool).await.map_err(failed)?;
-            let sent = probe(&mut connection, shared, fence).await.map_err(failed)?;
-            if sent {
-                connection.give_back();
+            if shared.server.probe(&shared.own_channel, fence).await? {
                 return Ok(true);
             }
             Err(Error::new(Kind::Unavailable, STUCK))
@@ -261,21 +222,6 @@ async fn send(shared: &Shared, fence: Fence) {
 
 const STUCK: &str = "a fence waited too long for the lock that orders commits; is a commit stuck?";
 
-/// Sends a fence through the pool. `false`: it waited too long for the lock that orders commits. With a limit of its own: a
-/// statement that is merely given up goes on waiting in its backend, and there would be one more with each attempt. The limit
-/// is set by the statement itself. A transaction for it would end one that the application has left open (X14).
-async fn probe(connection: &mut PgConnection, shared: &Shared, fence: Fence) -> sqlx::Result<bool> {
-    let limited = AssertSqlSafe(format!("{FENCE}, pg_catalog.set_config('lock_timeout', $3, true)"));
-    let limit = line::lock_timeout(&shared.config).to_string();
-    let fence = sqlx::query(limited).bind(&shared.own_channel).bind(fence.nonce.to_string()).bind(limit);
-    match fence.execute(connection).await {
-        Err(error) if has_code(&error, LOCK_NOT_AVAILABLE) => Ok(false),
-        outcome => outcome.map(|_| true),
-    }
-}
-
-const LOCK_NOT_AVAILABLE: &str = "55P03";
-
 /// Looks at the triggers on behalf of a fence that was sent, or is being sent, and returns whether that was done. A line that
 /// does not answer is lost; if the next one does not either (`before` is false), it is not the line's fault, and no line
 /// after it may put off the doubt.
@@ -283,7 +229,7 @@ async fn check(shared: &Shared, fence: Fence, before: bool) -> bool {
     let Some((id, line)) = shared.line() else { return false };
     let covered = shared.is_covered();
     let limit = limit(shared, covered || !before);
-    let error = match timeout(limit, verify(shared, &line)).await {
+    let error = match timeout(limit, verify(shared, &*line)).await {
         Ok(Ok(())) => {
             shared.step(|coherence| coherence.fence_checked(fence));
             return true;
@@ -312,15 +258,15 @@ async fn check(shared: &Shared, fence: Fence, before: bool) -> bool {
 
 /// Holds the triggers of every open table against what they were. A table whose triggers changed is in doubt
 /// until they are found whole again.
-async fn verify(shared: &Shared, line: &Line) -> Result<()> {
+async fn verify(shared: &Shared, line: &dyn Line) -> Result<()> {
     let names = shared.tables.names();
     if names.is_empty() {
         return Ok(());
     }
     for (name, fingerprint) in line.fingerprints(&names).await? {
-        let Some(cleared) = shared.tables.inspect(&name, fingerprint.as_deref(), clock::now()) else { continue };
-        Shared::reclaim(cleared);
-        match shared.tables.verified(&name, line.describe(&name).await?.whole()) {
+        let Some(cleared) = shared.tables.inspect(&name, fingerprint.as_deref(), shared.host.now()) else { continue };
+        shared.reclaim(cleared);
+        match shared.tables.verified(&name, line.verify(&name).await?) {
             // A TRUNCATE leaves its trace too.
             Verified::Whole => {
                 tracing::info!(table = name, "the triggers or the definition of this table changed, and are whole");
@@ -338,5 +284,5 @@ async fn verify(shared: &Shared, line: &Line) -> Result<()> {
 
 /// An error with its causes on one line.
 fn full(error: &Error) -> String {
-    line::with_causes(error)
+    with_causes(error)
 }

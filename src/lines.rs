@@ -8,12 +8,11 @@
 use std::sync::Arc;
 
 use crate::{
-    clock,
     coherence::{Boot, Coherence, Fence, Reason},
     error::{Error, Kind, Result},
     inbox::Item,
-    postgres::line::{self, Line, Received},
     relay::{LineId, Loss},
+    server::{Hear, Line, Received},
     shared::Shared,
     status::Event,
     sync::lock,
@@ -24,27 +23,34 @@ pub(crate) fn warn_lost(how: &str) {
     tracing::warn!(%how, "the LISTEN connection was lost; reads go to Postgres until it is back");
 }
 
+/// What one line tells its node.
+struct Heard {
+    by: Arc<Shared>,
+    from: LineId,
+}
+
+impl Hear for Heard {
+    fn received(&self, message: Received) {
+        let item = match message {
+            Received::Change(payload) => Item::Message(payload),
+            Received::Own(payload) => Item::Own(payload),
+        };
+        self.by.received(self.from, item);
+    }
+
+    fn lost(&self, how: String) {
+        if self.by.lose(self.from, how.clone()) {
+            warn_lost(&how);
+        }
+    }
+}
+
 impl Shared {
     /// Connects and listens. What the line receives counts for nothing before it is the first one or the spare.
-    pub(crate) async fn open_line(self: &Arc<Self>) -> Result<(LineId, Line)> {
+    pub(crate) async fn open_line(self: &Arc<Self>) -> Result<(LineId, Arc<dyn Line>)> {
         let id = lock(&self.relay).next_id();
-        let (receiver, loser) = (Arc::clone(self), Arc::clone(self));
-        let received = move |message| {
-            receiver.received(
-                id,
-                match message {
-                    Received::Change(payload) => Item::Message(payload),
-                    Received::Own(payload) => Item::Own(payload),
-                },
-            );
-        };
-        let lost = move |how: String| {
-            if loser.lose(id, how.clone()) {
-                warn_lost(&how);
-            }
-        };
-        let line = line::open(&self.config, &self.own_channel, received, lost).await?;
-        Ok((id, line))
+        let hear = Arc::new(Heard { by: Arc::clone(self), from: id });
+        Ok((id, self.server.open(&self.own_channel, hear).await?))
     }
 
     fn received(&self, from: LineId, item: Item) {
@@ -68,25 +74,24 @@ impl Shared {
     }
 
     /// Begins an epoch with this line.
-    pub(crate) fn lead(&self, id: LineId, line: Line) {
-        let (incarnation, line) = (line.incarnation, Arc::new(line));
-        lock(&self.relay).lead(id, Arc::clone(&line));
+    pub(crate) fn lead(&self, id: LineId, line: &Arc<dyn Line>) {
+        let incarnation = line.incarnation();
+        lock(&self.relay).lead(id, Arc::clone(line));
         self.look(|coherence| coherence.listening(incarnation));
-        self.lose_if_ended(id, &line);
+        self.lose_if_ended(id, &**line);
     }
 
     /// Keeps this line beside the one that is heard, to take over from it.
-    pub(crate) fn attach(&self, id: LineId, line: Line) -> Result<()> {
-        if self.look(|coherence| coherence.incarnation()) != Some(line.incarnation) {
+    pub(crate) fn attach(&self, id: LineId, line: &Arc<dyn Line>) -> Result<()> {
+        if self.look(|coherence| coherence.incarnation()) != Some(line.incarnation()) {
             return Err(Error::new(
                 Kind::Unavailable,
                 "it reached another server or database than the LISTEN connection that is open: a failover may be \
                  under way, or the listener's address stands for several servers",
             ));
         }
-        let line = Arc::new(line);
-        lock(&self.relay).attach(id, Arc::clone(&line));
-        self.lose_if_ended(id, &line);
+        lock(&self.relay).attach(id, Arc::clone(line));
+        self.lose_if_ended(id, &**line);
         // It covers when a fence that is sent from here on has been received. An error: there is a gap anyway.
         let _ = self.look(Coherence::want_fence);
         self.wake.notify_one();
@@ -94,21 +99,21 @@ impl Shared {
     }
 
     /// A line that ended before the relay knew of it was nobody's loss.
-    fn lose_if_ended(&self, id: LineId, line: &Line) {
+    fn lose_if_ended(&self, id: LineId, line: &dyn Line) {
         if !line.is_open() {
             self.lose(id, "closed".into());
         }
     }
 
     /// The line that is heard, and whose control connection is used.
-    pub(crate) fn line(&self) -> Option<(LineId, Arc<Line>)> {
+    pub(crate) fn line(&self) -> Option<(LineId, Arc<dyn Line>)> {
         lock(&self.relay).primary().cloned()
     }
 
     /// Notes that a fence is about to be sent. Returns whether a spare could take over if that failed.
     pub(crate) fn fence_starts(&self, fence: Fence) -> bool {
         let mut relay = lock(&self.relay);
-        relay.fence_sent(fence.nonce, clock::now());
+        relay.fence_sent(fence.nonce, self.host.now());
         relay.is_covered()
     }
 

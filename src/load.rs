@@ -6,7 +6,6 @@
 use std::{iter, sync::Arc};
 
 use crate::{
-    clock,
     digest::{Digest, Tenths},
     key::Key,
     shared::Shared,
@@ -24,7 +23,7 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
         // Never closed, so never an error; the permit is held until the rows are published.
         let _turn = shared.loads.acquire().await;
         let gaps = shared.look(|coherence| coherence.gaps());
-        let at = Tenths::at(clock::now());
+        let at = Tenths::at(shared.host.now());
         let Some(keys) = runner.take() else { return };
         match source.load(keys).await {
             Ok(loaded) => {
@@ -37,7 +36,7 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
             Err(error) => runner.fail(&error),
         }
         if let Some(sweep) = runner.sweep() {
-            tokio::task::spawn_blocking(sweep);
+            shared.host.spawn_blocking(Box::new(sweep));
         }
     }
 }

@@ -9,10 +9,12 @@ use crate::{
     config::{Config, TableOptions},
     error::{Error, Kind, Result},
     hashed::Hashed,
+    host::Process,
     keeper,
     key::Key,
-    postgres::catalog,
+    postgres::{catalog, rows::Rows, server::Postgres},
     refill,
+    server::Server,
     shared::{Handle, Reached, Shared},
     stats::NodeStats,
     status::{Events, Status},
@@ -28,7 +30,10 @@ use crate::{
 ///
 /// It lives until [`shutdown`](Self::shutdown), or until it and all its tables are dropped.
 #[derive(Clone)]
-pub struct Node(Arc<Handle>);
+pub struct Node {
+    handle: Arc<Handle>,
+    postgres: Arc<Postgres>,
+}
 
 impl Node {
     /// Connects to `url` with the defaults of [`Config::from_url`]. See [`start`](Self::start).
@@ -68,11 +73,11 @@ impl Node {
     /// Cancelling closes whatever was opened.
     pub async fn start(config: Config) -> Result<Self> {
         config.check()?;
-        let shared = Shared::new(config);
+        let postgres = Arc::new(Postgres::new(config.clone()));
+        let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process));
         let (ready, first_attempt) = oneshot::channel();
         let keeper = tokio::spawn(keeper::keep(Arc::clone(&shared), ready));
-        let handle = Handle::new(shared, keeper);
-        let node = Self(Arc::new(handle));
+        let node = Self { handle: Arc::new(Handle::start(shared, keeper)), postgres };
         match first_attempt.await {
             Ok(Ok(())) => Ok(node),
             Ok(Err(error)) => {
@@ -112,10 +117,10 @@ impl Node {
     /// Cancelling leaves nothing behind.
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
         options.check()?;
-        let shared = &self.0.shared;
-        let tracked = catalog::open::<K>(&shared.pool, name).await?;
+        let shared = &self.handle.shared;
+        let tracked = catalog::open::<K>(&self.postgres.pool, name).await?;
         let mut is_new = false;
-        let store = self.0.open::<K, V, _>(&tracked.name, || {
+        let store = self.handle.open::<K, V, _>(&tracked.name, || {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
@@ -124,7 +129,11 @@ impl Node {
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             store
         });
-        let table = Table::new(Arc::clone(&self.0), store, &tracked, options.fallback);
+        let judge = Arc::clone(shared);
+        // Without a line nobody knows which server is the right one.
+        let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
+        let source = Rows::new(self.postgres.pool.clone(), &tracked, store.is_audited, shared.config.load_timeout, ours);
+        let table = Table::new(Arc::clone(&self.handle), store, Arc::new(source), &tracked.name, options.fallback);
         if is_new && options.refill > 0 {
             let store = Arc::downgrade(&table.store);
             let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);
@@ -152,7 +161,7 @@ impl Node {
     ///
     /// Cancelling harms nobody.
     pub async fn barrier(&self) -> Result<()> {
-        self.0.shared.barrier().await
+        self.handle.shared.barrier().await
     }
 
     /// Begins a transaction on a connection of [`Config::write_pool`](crate::Config::write_pool): its commit forgets, on this node and
@@ -167,7 +176,7 @@ impl Node {
     ///
     /// Cancelling leaves nothing behind.
     pub async fn begin(&self) -> Result<Transaction> {
-        Transaction::begin(&self.0).await
+        Transaction::begin(&self.handle, &self.postgres.writes).await
     }
 
     /// Returns when the transaction that the token names has been applied on this node, and everything that was visible
@@ -184,7 +193,7 @@ impl Node {
     ///
     /// Cancelling harms nobody.
     pub async fn wait_for(&self, token: Token, limit: Duration) -> Result<()> {
-        let shared = &self.0.shared;
+        let shared = &self.handle.shared;
         match timeout(limit, shared.reach(token)).await {
             Ok(Ok(Reached::Applied)) => Ok(()),
             Ok(Ok(Reached::InDoubt)) => Err(shared.no_fence()),
@@ -196,27 +205,27 @@ impl Node {
     /// Whether entries are served, and if not, since when and why.
     #[must_use]
     pub fn status(&self) -> Status {
-        self.0.shared.status()
+        self.handle.shared.status()
     }
 
     /// Counters since the node started.
     #[must_use]
     pub fn stats(&self) -> NodeStats {
-        self.0.shared.counters.snapshot()
+        self.handle.shared.counters.snapshot()
     }
 
     /// Whether the node is coherent and would remain so if its line were lost now: always `false` without
     /// [`Config::redundant_listener`].
     #[must_use]
     pub fn is_covered(&self) -> bool {
-        self.0.shared.is_covered()
+        self.handle.shared.is_covered()
     }
 
     /// Follows what is applied on this node, from now on. A subscriber who is more than
     /// [`Config::events_max`] behind is told how much was lost.
     #[must_use]
     pub fn subscribe(&self) -> Events {
-        self.0.shared.subscribe()
+        self.handle.shared.subscribe()
     }
 
     /// Stops every task, closes every connection, and returns when that is done: at the latest after the loads that are
@@ -227,7 +236,7 @@ impl Node {
     ///
     /// Cancelling leaves the rest of the work to the background.
     pub async fn shutdown(&self) {
-        self.0.stop().await;
+        self.handle.stop().await;
     }
 }
 

@@ -9,7 +9,7 @@
 
 use std::sync::{Arc, Weak};
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::{
     fill::Join,
@@ -32,6 +32,7 @@ pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
     loop {
         // The gap that would end this refill is one after the node became coherent, also if it comes before the first load.
         let gaps = tokio::select! {
+            biased;
             now = progress.wait_for(|now| now.opened != opened) => match now {
                 Ok(now) => {
                     opened = now.opened;
@@ -42,11 +43,10 @@ pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
             _ = stopping.wait_for(|stopping| *stopping) => return,
         };
         let Some(store) = store.upgrade() else { return };
-        let listed = {
-            let store = Arc::clone(&store);
-            move || store.used_before(rows_max)
-        };
-        let Ok(mut keys) = tokio::task::spawn_blocking(listed).await else { return };
+        let (list, listed) = oneshot::channel();
+        let held = Arc::clone(&store);
+        shared.host.spawn_blocking(Box::new(move || drop(list.send(held.used_before(rows_max)))));
+        let Ok(mut keys) = listed.await else { return };
         keys.sort_by_cached_key(|key| key.to_parts().iter().map(|part| part.clone().into_owned()).collect::<Vec<_>>());
         let found = keys.len();
         let refilled = refill(&store, &source, &shared, &progress, gaps, keys).await;
@@ -71,7 +71,7 @@ async fn refill<K: Key, V: Send + Sync + 'static>(
         let mut wanted = Vec::with_capacity(batch.len());
         let asked: Vec<_> = batch.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
         for runner in store.enqueue(wanted) {
-            tokio::spawn(load::run(runner, Arc::clone(source), Arc::clone(shared)));
+            shared.host.spawn(Box::pin(load::run(runner, Arc::clone(source), Arc::clone(shared))));
         }
         for asked in asked {
             match asked {

@@ -15,7 +15,6 @@ use std::{
     thread,
 };
 
-use sqlx::PgPool;
 use tokio::{
     sync::{Notify, Semaphore, broadcast, watch},
     task::{JoinError, JoinHandle},
@@ -24,15 +23,16 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    change::{CHANNEL, Change, Message, Rows},
+    change::{Change, Message, Rows},
     clock,
     coherence::{Action, Coherence, Incarnation, Reason},
     config::{Config, TICK},
     error::{Error, Kind, Result},
     horizon::Horizon,
+    host::Host,
     inbox::{Inbox, Item},
-    postgres::{database_error, lent::Lent, line::Line},
     relay::Relay,
+    server::{Line, Server},
     stats::NodeCounters,
     status::{Event, Events, Status},
     sync::{Mutex, lock},
@@ -44,17 +44,15 @@ use crate::{
 /// What the node's tasks and handles share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
-    /// Connections that load, and nothing else (X31).
-    pub(crate) pool: PgPool,
-    /// Connections of [`Transaction`](crate::Transaction)s, on which code of the user runs.
-    pub(crate) writes: PgPool,
+    pub(crate) server: Arc<dyn Server>,
+    pub(crate) host: Arc<dyn Host>,
     pub(crate) tables: Tables,
     pub(crate) inbox: Inbox,
     pub(crate) horizon: Horizon,
     pub(crate) counters: NodeCounters,
     /// Protects which line is heard. What it passes on is in the inbox before the lock is released, and events of lines
     /// are sent while it is held. Lock order: this, then the inbox.
-    pub(crate) relay: Mutex<Relay<Arc<Line>>>,
+    pub(crate) relay: Mutex<Relay<Arc<dyn Line>>>,
     /// The channel on which this node sends to itself.
     pub(crate) own_channel: String,
     /// Turns of the loads: at most [`Config::loads_max`] at a time.
@@ -104,15 +102,18 @@ pub(crate) struct Handle {
 type Opened = (String, TypeId, TypeId);
 
 impl Handle {
+    /// Of a node whose applier, keeper and clock are somebody else's to run.
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { opened: Mutex::default(), tasks: Mutex::default(), clock: Mutex::default(), shared }
+    }
+
     /// Starts the applier and the clock; `keeper` keeps the line.
-    pub(crate) fn new(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
-        let applier = tokio::spawn(Arc::clone(&shared).apply());
-        Self {
-            opened: Mutex::default(),
-            tasks: Mutex::new(vec![applier, keeper]),
-            clock: Mutex::new(Some(shared.start_clock())),
-            shared,
-        }
+    pub(crate) fn start(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
+        let handle = Self::new(Arc::clone(&shared));
+        *lock(&handle.clock) = Some(shared.start_clock());
+        let applier = tokio::spawn(shared.apply());
+        lock(&handle.tasks).extend([applier, keeper]);
+        handle
     }
 
     /// The store of a table, made if there is none yet for these types.
@@ -144,10 +145,7 @@ impl Handle {
             clock.thread().unpark();
             let _ = tokio::task::spawn_blocking(|| clock.join()).await;
         }
-        // Transactions that are open may end; nobody waits for them.
-        let writes = self.shared.writes.clone();
-        tokio::spawn(async move { writes.close().await });
-        self.shared.pool.close().await;
+        self.shared.server.close().await;
         if let Some(panic) = panic {
             resume_unwind(panic.into_panic());
         }
@@ -161,9 +159,7 @@ impl Drop for Handle {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config) -> Arc<Self> {
-        let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
-        let writes = config.write_pool.clone().connect_lazy_with(config.pool_connect.clone());
+    pub(crate) fn new(config: Config, server: Arc<dyn Server>, host: Arc<dyn Host>) -> Arc<Self> {
         Arc::new(Self {
             tables: Tables::default(),
             inbox: Inbox::new(config.inbox_bytes_max),
@@ -174,23 +170,24 @@ impl Shared {
             loads: Semaphore::new(config.loads_max),
             wake: Notify::new(),
             spare_wanted: Notify::new(),
-            coherence: Mutex::new(Coherence::new(config.timing(), clock::now())),
+            coherence: Mutex::new(Coherence::new(config.timing(), host.now())),
             unreadable: Throttle::default(),
             overflows: Throttle::default(),
             progress: watch::Sender::default(),
             events: broadcast::Sender::new(config.events_max),
             stopping: watch::Sender::default(),
-            pool,
-            writes,
             config,
+            server,
+            host,
         })
     }
 
     /// Applies what was received, in the order of the channel.
-    async fn apply(self: Arc<Self>) {
+    pub(crate) async fn apply(self: Arc<Self>) {
         let mut stopping = self.stopping.subscribe();
         loop {
             let items = tokio::select! {
+                biased;
                 items = self.inbox.take() => items,
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             };
@@ -220,7 +217,7 @@ impl Shared {
             Item::Message(payload) => self.apply_message(Message::parse(&payload)),
             Item::Overflow => {
                 self.counters.overflows.add(1);
-                if let Some(held_back) = self.overflows.pass(clock::now()) {
+                if let Some(held_back) = self.overflows.pass(self.host.now()) {
                     tracing::warn!(
                         bytes_max = self.config.inbox_bytes_max,
                         held_back,
@@ -231,7 +228,7 @@ impl Shared {
                 self.apply_message(Message::Change(everything))
             }
         };
-        Self::reclaim(cleared);
+        self.reclaim(cleared);
     }
 
     fn apply_message(&self, message: Message) -> Vec<Arc<dyn Member>> {
@@ -247,7 +244,7 @@ impl Shared {
                 self.counters.unreadable.add(1);
                 let cleared = self.tables.clear(table.as_deref());
                 // Anybody who may connect can send these.
-                if let Some(held_back) = self.unreadable.pass(clock::now()) {
+                if let Some(held_back) = self.unreadable.pass(self.host.now()) {
                     let of = table.as_deref().unwrap_or("every table");
                     tracing::warn!(%error, held_back, "a message on channel rowcache could not be read; forgot {of}");
                 }
@@ -260,16 +257,10 @@ impl Shared {
     }
 
     /// Frees the memory of what was cleared, off the applier's path.
-    pub(crate) fn reclaim(mut cleared: Vec<Arc<dyn Member>>) {
+    pub(crate) fn reclaim(&self, mut cleared: Vec<Arc<dyn Member>>) {
         cleared.retain(|member| member.wants_reclaim());
-        if cleared.is_empty() {
-            return;
-        }
-        let reclaim = move || cleared.iter().for_each(|member| member.reclaim());
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(reclaim)),
-            // A transaction that is dropped after its runtime.
-            Err(_) => reclaim(),
+        if !cleared.is_empty() {
+            self.host.spawn_blocking(Box::new(move || cleared.iter().for_each(|member| member.reclaim())));
         }
     }
 
@@ -283,7 +274,7 @@ impl Shared {
                 Action::Advance => {
                     if let (Some(as_of), Some(mark)) = (coherence.coherent_as_of(), coherence.mark()) {
                         self.horizon.advance(as_of, mark.lsn);
-                        self.counters.fence(clock::now().saturating_sub(as_of));
+                        self.counters.fence(self.host.now().saturating_sub(as_of));
                     }
                 }
                 Action::Open => {
@@ -315,7 +306,7 @@ impl Shared {
 
     /// Notifications may have been lost.
     pub(crate) fn gap(&self, why: Reason) {
-        self.step(|coherence| coherence.gap(clock::now(), why));
+        self.step(|coherence| coherence.gap(self.host.now(), why));
     }
 
     pub(crate) fn status_reason(&self) -> Option<Reason> {
@@ -445,20 +436,12 @@ impl Shared {
         if payload.len() > PAYLOAD_MAX {
             payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
         }
-        let failed = |error| database_error("notifying on channel rowcache", error);
-        let notify = async {
-            let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
-            let notify = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
-            notify.execute(&mut **connection).await.map_err(failed)?;
-            connection.give_back();
-            Ok(())
-        };
         let limit = self.config.load_timeout;
         let late = |_| {
             let what = format!("notifying on channel rowcache took longer than {limit:?} (`load_timeout`)");
             Err(Error::new(Kind::Timeout, what))
         };
-        timeout(limit, notify).await.unwrap_or_else(late)
+        timeout(limit, self.server.notify(payload)).await.unwrap_or_else(late)
     }
 
     pub(crate) fn tell(&self, event: Event) {
@@ -473,11 +456,16 @@ impl Shared {
         let clock = move || {
             while !shared.is_stopping() {
                 thread::park_timeout(TICK);
-                let now = clock::now();
-                shared.step(|coherence| coherence.tick(now));
+                shared.tick();
             }
         };
         thread::Builder::new().name("rowcache-clock".into()).spawn(clock).expect("the system can start a thread")
+    }
+
+    /// Looks at the clock: every [`TICK`].
+    pub(crate) fn tick(&self) {
+        let now = self.host.now();
+        self.step(|coherence| coherence.tick(now));
     }
 
     fn stop(&self) {

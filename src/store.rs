@@ -343,6 +343,25 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     }
 }
 
+/// For who looks on from outside.
+#[cfg(feature = "verify")]
+impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// Whether nothing is being loaded, and nobody waits.
+    pub(crate) fn is_idle(&self) -> bool {
+        let queue = lock(&self.queue);
+        let quiet = queue.keys.is_empty() && queue.runners == 0;
+        drop(queue);
+        quiet && self.stripes.iter().all(|stripe| lock(stripe).is_empty())
+    }
+
+    /// Keys that are held, and that no message with their hash would lead to: there must be none.
+    pub(crate) fn unindexed(&self) -> Vec<K> {
+        let Some(hashed) = &self.hashed else { return Vec::new() };
+        let missing = |key: &K| hashed.find(&hashed.hash(key)).as_ref() != Some(key);
+        self.entries.iter().map(|(key, _)| key).filter(missing).collect()
+    }
+}
+
 impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     fn invalidate(&self, keys: &[RowKey]) -> bool {
         for key in keys {

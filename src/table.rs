@@ -13,12 +13,11 @@ use std::{fmt, sync::Arc};
 use sqlx::postgres::PgRow;
 
 use crate::{
-    change::{Change, RowKey, Rows as ChangedRows},
+    change::{Change, RowKey, Rows},
     error::{Error, Kind, Result},
     freshness::{Fallback, Freshness},
     key::{self, Key},
     load,
-    postgres::{catalog::TrackedTable, rows::Rows},
     shared::{Handle, Shared},
     source::Source,
     stats::Stats,
@@ -85,16 +84,11 @@ impl<K: Key, V: FromRow> Table<K, V> {
     pub(crate) fn new(
         handle: Arc<Handle>,
         store: Arc<Store<K, V>>,
-        tracked: &TrackedTable,
+        source: Arc<dyn Source<K, V>>,
+        name: &str,
         fallback: Fallback,
     ) -> Self {
-        let shared = &handle.shared;
-        let judge = Arc::clone(shared);
-        // Without a line nobody knows which server is the right one.
-        let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
-        let source =
-            Arc::new(Rows::new(shared.pool.clone(), tracked, store.is_audited, shared.config.load_timeout, ours));
-        Self { store, source, fallback, name: tracked.name.as_str().into(), handle }
+        Self { handle, store, source, fallback, name: name.into() }
     }
 
     /// The row with this key: from memory if it is held, else from Postgres. `None`: there is no such row.
@@ -170,10 +164,10 @@ impl<K: Key, V: FromRow> Table<K, V> {
     ///
     /// Once polled, this node has forgotten the row. The others may not be told.
     pub async fn invalidate(&self, key: &K) -> Result<()> {
-        let rows = ChangedRows::Keys(vec![RowKey::new(&key.to_parts())]);
+        let rows = Rows::Keys(vec![RowKey::new(&key.to_parts())]);
         let change = Change::requested(&self.name, rows);
         let shared = &self.handle.shared;
-        Shared::reclaim(shared.tables.apply(&change));
+        shared.reclaim(shared.tables.apply(&change));
         let told = match &self.store.hashed {
             // The key is a secret.
             Some(hashed) => Change::requested(&self.name, hashed.rows(key)),
@@ -194,8 +188,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     /// As [`invalidate`](Self::invalidate).
     pub async fn clear(&self) -> Result<()> {
         let shared = &self.handle.shared;
-        let change = Change::requested(&self.name, ChangedRows::All);
-        Shared::reclaim(shared.tables.apply(&change));
+        let change = Change::requested(&self.name, Rows::All);
+        shared.reclaim(shared.tables.apply(&change));
         shared.broadcast(&change).await
     }
 
@@ -229,7 +223,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     pub(crate) fn start_loads(&self, wanted: Vec<K>) {
         for runner in self.store.enqueue(wanted) {
             let shared = Arc::clone(&self.handle.shared);
-            tokio::spawn(load::run(runner, Arc::clone(&self.source), shared));
+            let host = Arc::clone(&shared.host);
+            host.spawn(Box::pin(load::run(runner, Arc::clone(&self.source), shared)));
         }
     }
 

@@ -1,6 +1,6 @@
 //! The tables of one node as the applier sees them: who must forget what, and whose gate shows what.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use crate::{
     change::{Change, RowKey, Rows},
@@ -46,7 +46,8 @@ struct Inner {
     words: Words,
     /// The node may serve entries.
     coherent: bool,
-    by_name: HashMap<String, Table>,
+    /// In an order that is the same in each run.
+    by_name: BTreeMap<String, Table>,
 }
 
 struct Table {

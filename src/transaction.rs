@@ -15,14 +15,14 @@ use std::{
     sync::Arc,
 };
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 
 use crate::{
     change::{Change, RowKey, Rows},
     error::{Error, Kind, Result},
     key::Key,
     postgres::{database_error, is_connection_error},
-    shared::{Handle, Shared},
+    shared::Handle,
     table::{FromRow, Table},
     token::Token,
 };
@@ -57,7 +57,8 @@ struct Forgets {
 impl Forgets {
     fn now(&mut self) {
         for change in self.changes.drain(..) {
-            Shared::reclaim(self.handle.shared.tables.apply(&change));
+            let shared = &self.handle.shared;
+            shared.reclaim(shared.tables.apply(&change));
         }
     }
 }
@@ -72,8 +73,8 @@ impl Drop for ForgetsAnyway {
 }
 
 impl Transaction {
-    pub(crate) async fn begin(handle: &Arc<Handle>) -> Result<Self> {
-        let begun = handle.shared.writes.begin().await;
+    pub(crate) async fn begin(handle: &Arc<Handle>, writes: &PgPool) -> Result<Self> {
+        let begun = writes.begin().await;
         let inner = begun.map_err(|error| database_error("beginning a transaction", error))?;
         Ok(Self { inner, forgets: Forgets { handle: Arc::clone(handle), changes: Vec::new() } })
     }

@@ -6,20 +6,20 @@ use std::{convert::Infallible, future::pending, sync::Arc};
 use tokio::time::{sleep, timeout};
 
 use super::{PAUSE_MAX, full, no_answer, open_limit, pauses};
-use crate::{clock, error::Result, shared::Shared, sync::lock};
+use crate::{error::Result, shared::Shared, sync::lock};
 
 /// Runs for as long as the first line, or whichever has taken over from it, is held.
 pub(super) async fn keep(shared: &Arc<Shared>) -> Infallible {
     if !shared.config.redundant_listener {
         return pending().await;
     }
-    let mut pauses = pauses();
+    let mut pauses = pauses(shared);
     let mut attached_at = None;
     loop {
         shared.spare_wanted.notified().await;
         // It lasted for a while, and is lost: the next attempts start afresh.
-        if attached_at.is_some_and(|at| clock::now() > at + shared.config.beat) {
-            pauses = self::pauses();
+        if attached_at.is_some_and(|at| shared.host.now() > at + shared.config.beat) {
+            pauses = self::pauses(shared);
         }
         while !lock(&shared.relay).has_spare() {
             // Before the first attempt too: what ended one line may be about to end others.
@@ -29,11 +29,11 @@ pub(super) async fn keep(shared: &Arc<Shared>) -> Infallible {
                 tracing::warn!(error = full(&error), "cannot open the spare line; will try again");
             }
         }
-        attached_at = Some(clock::now());
+        attached_at = Some(shared.host.now());
     }
 }
 
 async fn open(shared: &Arc<Shared>) -> Result<()> {
     let (id, line) = shared.open_line().await?;
-    shared.attach(id, line)
+    shared.attach(id, &line)
 }

@@ -29,11 +29,13 @@ use crate::{
     change::CHANNEL,
     coherence::{Fence, Incarnation},
     config::Config,
-    error::{Error, Kind, Result},
+    error::{Error, Kind, Result, with_causes},
     postgres::{
         catalog::{DESCRIBE, Description},
         hosts, is_missing, is_shutdown, schema_too_old,
     },
+    server::{Answer, Hear, Line, Received},
+    tables::Trust,
 };
 
 /// The oldest and the newest version of the schema that this library works with.
@@ -53,17 +55,9 @@ pub(crate) const FENCE: &str = "select pg_catalog.pg_notify($1, pg_catalog.json_
      from (select pg_catalog.pg_current_snapshot()::text, \
          (pg_catalog.pg_current_wal_insert_lsn() - '0/0'::pg_catalog.pg_lsn)::bigint) as now(s, l)";
 
-/// Something that the line received.
-pub(crate) enum Received {
-    /// A message of the channel that all nodes listen to.
-    Change(String),
-    /// A message of the node's own channel.
-    Own(String),
-}
-
 /// Both connections, listening.
-pub(crate) struct Line {
-    pub(crate) incarnation: Incarnation,
+pub(crate) struct Sessions {
+    incarnation: Incarnation,
     control: Client,
     /// Says nothing any more, but dropping it would end its connection.
     _listener: Client,
@@ -74,7 +68,7 @@ pub(crate) struct Line {
     tasks: [JoinHandle<()>; 2],
 }
 
-impl Drop for Line {
+impl Drop for Sessions {
     fn drop(&mut self) {
         self.phase.end();
         for task in &self.tasks {
@@ -114,23 +108,18 @@ pub(crate) fn lock_timeout(config: &Config) -> u128 {
     (config.beat_timeout / 3).as_millis().clamp(1, 1_000_000)
 }
 
-/// Connects, listens, and returns once LISTEN has returned. From then on `received` is called with everything
-/// that arrives, and `lost` once, when either connection ends.
-pub(crate) async fn open(
-    config: &Config,
-    own_channel: &str,
-    received: impl Fn(Received) + Send + Sync + 'static,
-    lost: impl FnOnce(String) + Clone + Send + 'static,
-) -> Result<Line> {
+/// Connects, listens, and returns once LISTEN has returned.
+pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>) -> Result<Sessions> {
     let phase = Arc::new(Phase::default());
     let lost = {
-        let phase = Arc::clone(&phase);
+        let (phase, hear) = (Arc::clone(&phase), Arc::clone(&hear));
         move |how| {
             if phase.end() {
-                lost(how);
+                hear.lost(how);
             }
         }
     };
+    let received = move |message| hear.received(message);
     let (listener, listening) = connect(config, "listener", received, lost.clone()).await?;
     let incarnation = prepare(&listener).await?;
     let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"");
@@ -156,7 +145,7 @@ pub(crate) async fn open(
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
-    Ok(Line {
+    Ok(Sessions {
         incarnation,
         control,
         _listener: listener,
@@ -256,30 +245,41 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
     Ok(Incarnation { canary, started: row.get(1) })
 }
 
-impl Line {
-    /// Whether neither connection has ended.
-    pub(crate) fn is_open(&self) -> bool {
+impl Line for Sessions {
+    fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    fn is_open(&self) -> bool {
         self.phase.is_open()
     }
 
-    /// Sends a fence. `Ok(false)`: it waited too long for the lock that orders commits, and was not sent.
-    pub(crate) async fn send(&self, channel: &str, fence: Fence) -> Result<bool> {
-        match self.control.execute(&self.fence, &[&channel, &fence.nonce.to_string()]).await {
-            Ok(_) => Ok(true),
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(false),
-            Err(error) => Err(setup_error("sending a fence failed", error)),
-        }
+    fn send<'a>(&'a self, own_channel: &'a str, fence: Fence) -> Answer<'a, bool> {
+        Box::pin(async move {
+            match self.control.execute(&self.fence, &[&own_channel, &fence.nonce.to_string()]).await {
+                Ok(_) => Ok(true),
+                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(false),
+                Err(error) => Err(setup_error("sending a fence failed", error)),
+            }
+        })
     }
 
-    /// What the triggers of these tables look like now; `None` for a table that is gone.
-    pub(crate) async fn fingerprints(&self, names: &[String]) -> Result<Vec<(String, Option<String>)>> {
-        let rows = self.control.query(&self.fingerprints, &[&names]).await;
-        let rows = rows.map_err(|error| setup_error("checking triggers failed", error))?;
-        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    fn fingerprints<'a>(&'a self, names: &'a [String]) -> Answer<'a, Vec<(String, Option<String>)>> {
+        Box::pin(async move {
+            let rows = self.control.query(&self.fingerprints, &[&names]).await;
+            let rows = rows.map_err(|error| setup_error("checking triggers failed", error))?;
+            Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+        })
     }
 
+    fn verify<'a>(&'a self, name: &'a str) -> Answer<'a, Result<Trust, String>> {
+        Box::pin(async move { Ok(self.describe(name).await?.whole()) })
+    }
+}
+
+impl Sessions {
     /// A table as it is now.
-    pub(crate) async fn describe(&self, name: &str) -> Result<Description> {
+    async fn describe(&self, name: &str) -> Result<Description> {
         let row = self.control.query_one(&self.describe, &[&name]).await;
         let row = row.map_err(|error| setup_error("verifying a table failed", error))?;
         Ok(Description {
@@ -332,19 +332,4 @@ fn setup_error(what: &str, error: tokio_postgres::Error) -> Error {
         Some(code) if !is_shutdown(code.code()) => Error::with(Kind::Refused, what, error),
         _ => Error::with(Kind::Unavailable, what, error),
     }
-}
-
-/// An error with its causes on one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        let next_text = next.to_string();
-        if !text.contains(&next_text) {
-            text.push_str(": ");
-            text.push_str(&next_text);
-        }
-        cause = next.source();
-    }
-    text
 }

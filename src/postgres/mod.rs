@@ -7,6 +7,7 @@ pub(crate) mod lent;
 pub(crate) mod line;
 pub mod migrate;
 pub(crate) mod rows;
+pub(crate) mod server;
 
 use sqlx::postgres::PgDatabaseError;
 

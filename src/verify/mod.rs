@@ -2,10 +2,11 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
 //! | `model` | every state that the protocol can reach, within bounds |
-//! | `mutants` | takes out one protection after another, and sees that something notices |
+//! | `simulation` | many real nodes in one thread, with a database, a network and a clock that are not real |
 //! | `torture`, `proxy` | real Postgres, real processes, real faults |
+//! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
+//! | `mutants` | takes out one protection after another, and sees that something notices |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
 
@@ -16,6 +17,7 @@ mod model;
 mod mutants;
 #[expect(clippy::missing_panics_doc, reason = "a test ground: what the machine refuses ends the run")]
 pub mod proxy;
+pub mod simulation;
 mod story;
 mod torture;
 
@@ -23,6 +25,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+use simulation::Simulate;
 
 /// Shows that what rowcache promises holds, and that what shows it can fail.
 #[derive(Parser)]
@@ -44,6 +48,8 @@ enum Command {
     /// A node of `torture`: a process that it starts, and talks to.
     #[command(hide = true)]
     TortureNode,
+    /// Runs many nodes in one thread, with a simulated database, network and clock, from a seed.
+    Simulate(Simulate),
 }
 
 impl Cli {
@@ -62,6 +68,7 @@ impl Cli {
             Command::Mutants(options) => tokio::task::spawn_blocking(move || mutants::run(&options)).await?,
             Command::Torture(options) => torture::torture(&options).await,
             Command::TortureNode => torture::run_node().await,
+            Command::Simulate(what) => Ok(tokio::task::spawn_blocking(move || simulation::simulate(&what)).await?),
         }
     }
 }

@@ -22,7 +22,7 @@ use super::{
     seen::{Counts, Seen},
     session::{Refused, Session},
 };
-use crate::{Config, change::CHANNEL, cli::report::with_causes, postgres::line::Received};
+use crate::{Config, change::CHANNEL, cli::report::with_causes, server::Received};
 
 /// Fences while observing.
 const FENCES: u32 = 20;

@@ -10,10 +10,7 @@ use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
 
 use super::finding::{Finding, Report};
-use crate::{
-    Config, Result,
-    postgres::line::{self, Received, with_causes},
-};
+use crate::{Config, Result, error::with_causes, postgres::line, server::Received};
 
 /// A catalogue query takes milliseconds; one that waits for a lock is given up by the server.
 const PREFIX: &str = "set local search_path = pg_catalog, pg_temp; set local quote_all_identifiers = off; \

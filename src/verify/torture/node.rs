@@ -182,7 +182,7 @@ async fn follow(subject: Arc<Subject>, mut events: Events) {
             Event::Handoff(_) | Event::SpareLost(_) => RawNote::LineLost,
             Event::Unreadable { .. } => RawNote::Unreadable,
             // What was missed is not checked.
-            Event::Covered | Event::Lagged(_) => continue,
+            Event::Covered | Event::Lagged(_) | Event::Incoherent { .. } => continue,
         };
         subject.tell(Told::Note(at, note)).await;
     }

@@ -1,0 +1,125 @@
+//! The database of a node, with SQL and sockets: its pools, and its lines.
+
+use std::{future::Future, pin::Pin, sync::Arc};
+
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row as _};
+use uuid::Uuid;
+
+use crate::{
+    change::CHANNEL,
+    coherence::{Fence, Incarnation},
+    config::Config,
+    error::{Error, Kind, Result},
+    postgres::{
+        database_error, has_code, is_connection_error,
+        lent::Lent,
+        line::{self, FENCE},
+    },
+    server::{Answer, Hear, Line, Server},
+};
+
+/// A node's way to Postgres.
+pub(crate) struct Postgres {
+    config: Config,
+    /// Connections that load, and nothing else (X31).
+    pub(crate) pool: PgPool,
+    /// Connections of [`Transaction`](crate::Transaction)s, on which code of the user runs.
+    pub(crate) writes: PgPool,
+}
+
+impl Postgres {
+    pub(crate) fn new(config: Config) -> Self {
+        let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
+        let writes = config.write_pool.clone().connect_lazy_with(config.pool_connect.clone());
+        Self { config, pool, writes }
+    }
+}
+
+impl Server for Postgres {
+    fn open<'a>(&'a self, own_channel: &'a str, hear: Arc<dyn Hear>) -> Answer<'a, Arc<dyn Line>> {
+        Box::pin(async move { Ok(Arc::new(line::open(&self.config, own_channel, hear).await?) as Arc<dyn Line>) })
+    }
+
+    fn reaches(&self, listening: Incarnation) -> Answer<'_, ()> {
+        Box::pin(reach_same_server(&self.pool, listening))
+    }
+
+    fn probe<'a>(&'a self, own_channel: &'a str, fence: Fence) -> Answer<'a, bool> {
+        Box::pin(async move {
+            let failed = |error| database_error("sending a fence through the pool", error);
+            let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
+            let sent = probe(&mut connection, &self.config, own_channel, fence).await.map_err(failed)?;
+            if sent {
+                connection.give_back();
+            }
+            Ok(sent)
+        })
+    }
+
+    fn notify(&self, payload: String) -> Answer<'_, ()> {
+        Box::pin(async move {
+            let failed = |error| database_error("notifying on channel rowcache", error);
+            let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
+            let notify = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
+            notify.execute(&mut **connection).await.map_err(failed)?;
+            connection.give_back();
+            Ok(())
+        })
+    }
+
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        // Transactions that are open may end; nobody waits for them.
+        let writes = self.writes.clone();
+        tokio::spawn(async move { writes.close().await });
+        Box::pin(self.pool.close())
+    }
+}
+
+/// What Postgres says on a standby when it is asked for the canary, which is unlogged.
+const UNLOGGED_ON_STANDBY: &str = "0A000";
+
+/// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
+/// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
+async fn reach_same_server(pool: &PgPool, listening: Incarnation) -> Result<()> {
+    let failed = |error| database_error("connecting the pool", error);
+    let mut outcome = Err(Error::new(
+        Kind::Config,
+        "the pool and the listener reach different servers or databases: both must reach the same primary",
+    ));
+    for _ in 0..=pool.size() {
+        let mut connection = Lent::acquire(pool).await.map_err(failed)?;
+        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut **connection).await;
+        match stamp {
+            Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
+            Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
+                let what = "the pool reached a standby, whose rows lag behind; connect it to the primary";
+                outcome = Err(Error::with(Kind::Standby, what, error));
+            }
+            Err(error) => return Err(failed(error)),
+            Ok(row) => {
+                let canary: Option<Uuid> = row.try_get(0).map_err(failed)?;
+                let started = row.try_get(1).map_err(failed)?;
+                if canary.map(|canary| Incarnation { canary, started }) == Some(listening) {
+                    connection.give_back();
+                    return Ok(());
+                }
+            }
+        }
+    }
+    outcome
+}
+
+/// Sends a fence through the pool. `false`: it waited too long for the lock that orders commits. With a limit of its own: a
+/// statement that is merely given up goes on waiting in its backend, and there would be one more with each attempt. The limit
+/// is set by the statement itself. A transaction for it would end one that the application has left open (X14).
+async fn probe(connection: &mut PgConnection, config: &Config, own_channel: &str, fence: Fence) -> sqlx::Result<bool> {
+    let limited = AssertSqlSafe(format!("{FENCE}, pg_catalog.set_config('lock_timeout', $3, true)"));
+    let limit = line::lock_timeout(config).to_string();
+    let fence = sqlx::query(limited).bind(own_channel).bind(fence.nonce.to_string()).bind(limit);
+    match fence.execute(connection).await {
+        Err(error) if has_code(&error, LOCK_NOT_AVAILABLE) => Ok(false),
+        outcome => outcome.map(|_| true),
+    }
+}
+
+const LOCK_NOT_AVAILABLE: &str = "55P03";
