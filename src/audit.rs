@@ -37,7 +37,7 @@ use crate::{
     coherence::Boot,
     digest::Digest,
     key::{self, Key},
-    shared::Shared,
+    shared::{Shared, Whose},
     source::Source,
     status::Event,
     store::{Served, Store},
@@ -144,10 +144,12 @@ impl<K: Key, V: Send + Sync + 'static> Auditor<K, V> {
         let keys: Vec<K> = sample.iter().map(|served| served.key.clone()).collect();
         let shared = &self.shared;
         let _turn = shared.loads.acquire().await;
-        let gaps = shared.look(|coherence| coherence.gaps());
+        let began = shared.load_begins();
         let at = self.shared.host.now();
         match self.source.digests(&keys).await {
-            Ok(read) if shared.is_ours(read.stamp.incarnation, gaps) && !read.stamp.dirty => Some((read.rows, at)),
+            Ok(read) if shared.whose(read.stamp.incarnation, began) == Whose::Ours && !read.stamp.dirty => {
+                Some((read.rows, at))
+            }
             Ok(_) => None,
             Err(error) => {
                 tracing::debug!(table = &*self.name, %error, "rows could not be audited");

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     change::{Change, Mark, RowKey, Rows},
+    clock,
     coherence::{Incarnation, Reason},
     config::Config,
     digest::Tenths,

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Kind, Result},
     fill::Join,
     key::Key,
-    shared::Shared,
+    shared::{Shared, Whose},
     store::{Answer, Asked, Cached},
     table::{FromRow, Table},
     token::{Token, incarnation_id},
@@ -281,9 +281,11 @@ impl<K: Key, V: FromRow> Table<K, V> {
         let shared = self.shared();
         let loaded = {
             let _turn = shared.loads.acquire().await;
-            let gaps = shared.look(|coherence| coherence.gaps());
+            let began = shared.load_begins();
             let loaded = self.source.load_at_once(&unique).await?;
-            shared.is_ours(loaded.stamp.incarnation, gaps);
+            if shared.whose(loaded.stamp.incarnation, began) == Whose::Foreign {
+                return Err(Shared::foreign());
+            }
             loaded
         };
         for key in &unique {

@@ -8,7 +8,7 @@ use std::{iter, sync::Arc};
 use crate::{
     digest::{Digest, Tenths},
     key::Key,
-    shared::Shared,
+    shared::{Shared, Whose},
     source::Source,
     store::{Origin, Runner},
 };
@@ -22,16 +22,21 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
     loop {
         // Never closed, so never an error; the permit is held until the rows are published.
         let _turn = shared.loads.acquire().await;
-        let gaps = shared.look(|coherence| coherence.gaps());
+        let began = shared.load_begins();
         let at = Tenths::at(shared.host.now());
         let Some(keys) = runner.take() else { return };
         match source.load(keys).await {
             Ok(loaded) => {
                 let stamp = loaded.stamp;
-                let ours = shared.is_ours(stamp.incarnation, gaps) && !stamp.dirty;
-                // None, unless the table is audited.
-                let digests = loaded.digests.into_iter().chain(iter::repeat(Digest::UNKNOWN));
-                runner.finish_digested(loaded.rows.into_iter().zip(digests), Origin { stamp, ours, at });
+                let whose = shared.whose(stamp.incarnation, began);
+                if whose == Whose::Foreign {
+                    runner.fail(&Shared::foreign());
+                } else {
+                    let ours = whose == Whose::Ours && !stamp.dirty;
+                    // None, unless the table is audited.
+                    let digests = loaded.digests.into_iter().chain(iter::repeat(Digest::UNKNOWN));
+                    runner.finish_digested(loaded.rows.into_iter().zip(digests), Origin { stamp, ours, at });
+                }
             }
             Err(error) => runner.fail(&error),
         }

@@ -80,6 +80,26 @@ pub(crate) enum Reached {
     InDoubt,
 }
 
+/// How things stood when a load began.
+#[derive(Clone, Copy)]
+pub(crate) struct Began {
+    /// The number of gaps: a load that spans one may well have read the server as it was before.
+    gaps: u64,
+    /// The server that the node listened to, if it was coherent.
+    on: Option<Incarnation>,
+}
+
+/// Where loaded rows come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// From the server that the node listens to.
+    Ours,
+    /// From another one, or from one without a name; the node was not coherent, and whoever asked gets what there is.
+    Unknown,
+    /// From another one than the node listened to when the load began.
+    Foreign,
+}
+
 /// How far fences have come.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Progress {
@@ -317,14 +337,29 @@ impl Shared {
         look(&mut lock(&self.coherence))
     }
 
-    /// Whether rows with this stamp come from the server that the node listens to. If not, while the node takes
-    /// itself for coherent, that is a gap: one of the two is the wrong server (X6). `gaps` is the number of gaps
-    /// when the load began: one that spans a gap may well have read the server as it was before.
-    pub(crate) fn is_ours(&self, incarnation: Option<Incarnation>, gaps: u64) -> bool {
-        let (listening, up) = self
-            .look(|coherence| (coherence.incarnation(), coherence.bypassed().is_none() && coherence.gaps() == gaps));
+    /// To be called before a statement is sent that loads.
+    pub(crate) fn load_begins(&self) -> Began {
+        self.look(|coherence| Began {
+            gaps: coherence.gaps(),
+            on: coherence.incarnation().filter(|_| coherence.bypassed().is_none()),
+        })
+    }
+
+    /// From where rows with this stamp come. If it is not the server that the node listens to, while the node takes itself for
+    /// coherent, that is a gap: one of the two is the wrong server (X6).
+    ///
+    /// A load that began while the node was coherent never answers with rows of another server:
+    ///
+    /// 1. A standby is promoted; the old primary runs on. The node listens to the new one, and applies what is committed there.
+    /// 2. A pooled connection still leads to the old one. It answers a load, without what the node has applied.
+    ///
+    /// Not to keep these rows is not enough: whoever waits for them would go back in time (I2).
+    pub(crate) fn whose(&self, incarnation: Option<Incarnation>, began: Began) -> Whose {
+        let (listening, up) = self.look(|coherence| {
+            (coherence.incarnation(), coherence.bypassed().is_none() && coherence.gaps() == began.gaps)
+        });
         if incarnation.is_some() && incarnation == listening {
-            return true;
+            return Whose::Ours;
         }
         if up {
             tracing::error!(
@@ -334,7 +369,16 @@ impl Shared {
             );
             self.gap(Reason::OtherServer);
         }
-        false
+        if began.on.is_some() && began.on != incarnation { Whose::Foreign } else { Whose::Unknown }
+    }
+
+    /// What those are told who would get foreign rows.
+    pub(crate) fn foreign() -> Error {
+        Error::new(
+            Kind::Unavailable,
+            "what was loaded came from another server than the one that the node listens to, or the server has crashed; it may \
+             be older than what this node has seen. Read again",
+        )
     }
 
     /// Waits for a fence that starts after this call: everything visible now has then been applied.

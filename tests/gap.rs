@@ -110,13 +110,15 @@ pg_test! {
         let mut events = node.subscribe();
         proxy.retarget(twin.port);
         proxy.close_all(Close::Rst).await;
-        assert_eq!(name(&users, 2).await.as_deref(), Some("of the other server"), "returned");
+        let error = users.get(&2).await.expect_err("it may be older than what this node has seen");
+        assert!(error.is_unavailable() && error.to_string().contains("another server"), "{error:?}");
         assert!(matches!(users.peek(&2), Lookup::Unknown), "not cached");
         let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
             unreachable!()
         };
         assert_eq!(why, Reason::OtherServer);
         assert!(matches!(users.peek(&1), Lookup::Unknown), "whom to believe is not known");
+        assert_eq!(name(&users, 2).await.as_deref(), Some("of the other server"), "in doubt there is nobody else to ask");
         eventually("the node says why it does not come back", async || match node.status() {
             Status::Bypassed { why, .. } => why.to_string().contains("different servers"),
             status => panic!("{status:?} across two servers"),

@@ -178,11 +178,15 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
             };
             match timeout_at(deadline, self.run(&mut connection, keys)).await {
                 Ok(Ok(rows)) => {
-                    // One to a server that was replaced, perhaps, is dropped: the next load gets another one.
                     if (self.ours)(rows.first().and_then(incarnation)) {
                         connection.give_back();
+                        return Ok(rows);
                     }
-                    return Ok(rows);
+                    // To a server that was replaced, perhaps, and dropped: another one may lead to the right one.
+                    if tries_left == 0 {
+                        return Ok(rows);
+                    }
+                    tries_left -= 1;
                 }
                 // Dropped, not given back: it is broken.
                 Ok(Err(error)) if is_connection_error(&error) && tries_left > 0 => tries_left -= 1,

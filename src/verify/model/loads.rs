@@ -1,4 +1,4 @@
-//! Loads: the three moments of one, and what `Store::start`, `Store::finish` and `Shared::is_ours` do in them.
+//! Loads: the three moments of one, and what `Store::start`, `Store::finish` and `Shared::whose` do in them.
 
 use crate::{coherence::Reason, fill::Verdict};
 

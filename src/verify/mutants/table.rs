@@ -246,9 +246,9 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "incarnation-of-loads",
         protection: "rows of another server are not kept (X6)",
-        file: "src/load.rs",
-        text: "let ours = shared.is_ours(stamp.incarnation, gaps) && !stamp.dirty;",
-        instead: "let ours = (shared.is_ours(stamp.incarnation, gaps) || true) && !stamp.dirty;",
+        file: "src/shared.rs",
+        text: "if incarnation.is_some() && incarnation == listening {",
+        instead: "if incarnation.is_some() || incarnation == listening {",
         catchers: &[Test("gap", "x6_rows_of_another_server")],
     },
     Mutant {
@@ -260,11 +260,19 @@ pub(super) const MUTANTS: &[Mutant] = &[
         catchers: &[Test("gap", "x6_rows_of_another_server")],
     },
     Mutant {
+        name: "foreign-rows",
+        protection: "who asked while the node was coherent gets no rows of another server (I2, X6)",
+        file: "src/load.rs",
+        text: "if whose == Whose::Foreign {",
+        instead: "if whose == Whose::Foreign && stamp.lsn == u64::MAX {",
+        catchers: &[Test("gap", "x6_rows_of_another_server")],
+    },
+    Mutant {
         name: "dirty",
         protection: "rows that a transaction may yet undo are not kept (X14)",
         file: "src/load.rs",
-        text: "gaps) && !stamp.dirty;",
-        instead: "gaps);",
+        text: "whose == Whose::Ours && !stamp.dirty;",
+        instead: "whose == Whose::Ours;",
         catchers: &[Test("gap", "x14_uncommitted_rows_of_a_later")],
     },
     Mutant {
