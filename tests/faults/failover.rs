@@ -142,7 +142,8 @@ pg_test! {
         pair.to_pool.retarget(pair.new.port());
         pair.to_pool.close_all(Close::Rst).await;
         // Until a load shows it, nobody can know: what is held is still what the old primary has.
-        assert_eq!(name(&subject.users, 7).await.as_deref(), Some("of the new primary"));
+        let error = subject.users.get(&7).await.expect_err("it may be older than what this node has seen");
+        assert!(error.is_unavailable() && error.to_string().contains("another server"), "{error:?}");
         assert!(!subject.held(7), "it is not kept");
         let why = subject.gap().await;
         assert!(matches!(why, Reason::OtherServer), "{why}");

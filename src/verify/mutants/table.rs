@@ -278,7 +278,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "same-server",
         protection: "pool and listener reach the same server, or the node does not start (X6)",
-        file: "src/keeper.rs",
+        file: "src/postgres/server.rs",
         text: "== Some(listening) {",
         instead: "!= None {",
         catchers: &[Test("faults", "pool_and_listener_on_two_servers")],
@@ -287,8 +287,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "probe-through-the-pool",
         protection: "the first fence goes through the pool (X23)",
         file: "src/keeper.rs",
-        text: "        if fence.probe {\n            let failed",
-        instead: "        if fence.probe && fence.number == u64::MAX {\n            let failed",
+        text: "        if fence.probe {\n            if shared",
+        instead: "        if fence.probe && fence.number == u64::MAX {\n            if shared",
         catchers: &[Test("faults", "pool_and_listener_in_two_databases")],
     },
     Mutant {
