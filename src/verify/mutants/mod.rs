@@ -125,14 +125,26 @@ impl Catcher {
             Self::Test(file, "") => format!("`tests/{file}.rs`"),
             Self::Test(file, of) => format!("`tests/{file}.rs`, `{of}`"),
             Self::Schedules(of) => format!("random schedules `{of}`"),
+            Self::Simulation(seeds) => format!("simulation, {seeds} seeds"),
         }
     }
 
-    fn arguments(self) -> Vec<&'static str> {
+    fn building(self) -> Vec<&'static str> {
         match self {
-            Self::Unit(of) => vec!["--all-features", "--lib", of],
-            Self::Test(file, of) => vec!["--all-features", "--test", file, of],
-            Self::Schedules(of) => vec!["--release", "--lib", of],
+            Self::Unit(_) | Self::Test(..) | Self::Schedules(_) => [&self.running()[..], &["--no-run"]].concat(),
+            Self::Simulation(_) => vec!["build", "--all-features", "--bin", "rowcache-verify"],
+        }
+    }
+
+    fn running(self) -> Vec<&'static str> {
+        match self {
+            Self::Unit(of) => vec!["test", "--all-features", "--lib", of],
+            Self::Test(file, of) => vec!["test", "--all-features", "--test", file, of],
+            Self::Schedules(of) => vec!["test", "--release", "--lib", of],
+            Self::Simulation(seeds) => {
+                let simulate = ["--", "simulate", "--seed", "1", "--steps", "6000", "--seeds", seeds];
+                [&["run", "--all-features", "--bin", "rowcache-verify"][..], &simulate].concat()
+            }
         }
     }
 }
@@ -181,20 +193,20 @@ impl Tree {
         outcome
     }
 
-    fn cargo(&self, catcher: Catcher) -> Command {
+    fn cargo(&self, arguments: &[&str], catcher: Catcher) -> Command {
         let mut cargo = Command::new("cargo");
-        cargo.arg("test").args(catcher.arguments()).current_dir(&self.root);
+        cargo.args(arguments).current_dir(&self.root);
         // Mutants leave things unused.
         let (flags, target) = match catcher {
             Catcher::Schedules(_) => ("--cfg shuttle -A warnings", "shuttle"),
-            Catcher::Unit(_) | Catcher::Test(..) => ("-A warnings", "std"),
+            Catcher::Unit(_) | Catcher::Test(..) | Catcher::Simulation(_) => ("-A warnings", "std"),
         };
         cargo.env("RUSTFLAGS", flags).env("CARGO_TARGET_DIR", self.targets.join(target)).env("RUST_BACKTRACE", "0");
         cargo
     }
 
     fn build(&self, catcher: Catcher) -> Result<()> {
-        let built = self.cargo(catcher).arg("--no-run").output().context("cargo is needed")?;
+        let built = self.cargo(&catcher.building(), catcher).output().context("cargo is needed")?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         Ok(())
     }
@@ -202,7 +214,7 @@ impl Tree {
     fn run(&self, catcher: Catcher) -> Result<Outcome> {
         let began = Instant::now();
         // `timeout` also ends what cargo has started.
-        let cargo = self.cargo(catcher);
+        let cargo = self.cargo(&catcher.running(), catcher);
         let mut limited = Command::new("timeout");
         limited
             .arg(PATIENCE.as_secs().to_string())
@@ -212,11 +224,15 @@ impl Tree {
         limited.envs(cargo.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let ended = limited.stdin(Stdio::null()).output().context("`timeout` (coreutils) is needed")?;
         let printed = String::from_utf8_lossy(&ended.stdout);
-        let ran = printed.lines().any(|line| line.starts_with("running ") && !line.starts_with("running 0 "));
+        let is_run =
+            |line: &str| line.starts_with("running ") && !line.starts_with("running 0 ") || line.starts_with("steps ");
+        let ran = printed.lines().any(is_run) || ended.status.code() == Some(124);
         ensure!(ran, "{} names no test:\n{printed}{}", catcher.name(), String::from_utf8_lossy(&ended.stderr));
         let failed = printed.lines().find_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
+        let seed = printed.lines().find_map(|line| line.strip_prefix("seed ")?.split_once(": ").map(|(seed, _)| seed));
         let caught_by = match failed {
             Some(test) => Some(format!("`{test}`")),
+            None if seed.is_some() => seed.map(|seed| format!("seed {seed}")),
             None if ended.status.code() == Some(124) => Some(format!("did not end within {PATIENCE:?}")),
             None if !ended.status.success() => Some("the test program was ended".to_owned()),
             None => None,

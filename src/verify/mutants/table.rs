@@ -26,9 +26,11 @@ pub(super) enum Catcher {
     Test(&'static str, &'static str),
     /// Random thread schedules: tests whose names contain this.
     Schedules(&'static str),
+    /// So many seeds of the simulation.
+    Simulation(&'static str),
 }
 
-use Catcher::{Schedules, Test, Unit};
+use Catcher::{Schedules, Simulation, Test, Unit};
 
 pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
@@ -37,7 +39,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/fill.rs",
         text: "            *void = true;\n",
         instead: "            let _ = void;\n",
-        catchers: &[Unit("x1_an_invalidation"), Test("traps", "trap_01"), Schedules("reads_against_changes")],
+        catchers: &[
+            Unit("x1_an_invalidation"),
+            Test("traps", "trap_01"),
+            Schedules("reads_against_changes"),
+            Simulation("20"),
+        ],
     },
     Mutant {
         name: "remove",
@@ -45,7 +52,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/store.rs",
         text: "        let removed = self.entries.remove(key);\n        drop(flights);\n        drop(removed);\n        self.counters.invalidations",
         instead: "        drop(flights);\n        self.counters.invalidations",
-        catchers: &[Unit("absent_rows_are_held"), Test("read_through", "a_change_by_anybody")],
+        catchers: &[Unit("absent_rows_are_held"), Test("read_through", "a_change_by_anybody"), Simulation("20")],
     },
     Mutant {
         name: "void-and-remove-are-one",
@@ -61,7 +68,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/fill.rs",
         text: "if !void && will_do(word)",
         instead: "if (!void || void) && will_do(word)",
-        catchers: &[Unit("x1_an_invalidation"), Test("traps", "trap_01"), Schedules("reads_against_changes")],
+        catchers: &[
+            Unit("x1_an_invalidation"),
+            Test("traps", "trap_01"),
+            Schedules("reads_against_changes"),
+            Simulation("40"),
+        ],
     },
     Mutant {
         name: "word-at-start",
@@ -73,6 +85,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
             Unit("x8_a_load_that_began_before_a_clear"),
             Test("traps", "x8_"),
             Schedules("reads_against_clears"),
+            Simulation("20"),
         ],
     },
     Mutant {
@@ -97,7 +110,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/shared.rs",
         text: "                    self.tables.set_coherent(false);\n",
         instead: "",
-        catchers: &[Test("traps", "trap_08")],
+        catchers: &[Test("traps", "trap_08"), Simulation("20")],
     },
     Mutant {
         name: "new-epoch",
@@ -145,7 +158,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/coherence.rs",
         text: "self.lease_end().is_some_and(|end| now > end)",
         instead: "self.lease_end().is_some_and(|end| now > end + 100 * self.timing.lease)",
-        catchers: &[Unit("the_lease_runs_out")],
+        catchers: &[Unit("the_lease_runs_out"), Simulation("60")],
     },
     Mutant {
         name: "lease-from-sending",
@@ -161,7 +174,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/coherence.rs",
         text: "Line::Up => Ok(self.started + 1),",
         instead: "Line::Up => Ok(self.started.max(1)),",
-        catchers: &[Unit("x9_")],
+        catchers: &[Unit("x9_"), Simulation("20")],
     },
     Mutant {
         name: "foreign-fence",
@@ -217,7 +230,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/snapshot.rs",
         text: "xid < self.xmin || xid < self.xmax && self.running.binary_search(&xid).is_err()",
         instead: "xid < self.xmax",
-        catchers: &[Unit("x13_"), Test("freshness", "x13_x29")],
+        catchers: &[Unit("x13_"), Test("freshness", "x13_x29"), Simulation("60")],
     },
     Mutant {
         name: "token-incarnation",
@@ -249,7 +262,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/shared.rs",
         text: "if incarnation.is_some() && incarnation == listening {",
         instead: "if incarnation.is_some() || incarnation == listening {",
-        catchers: &[Test("gap", "x6_rows_of_another_server")],
+        catchers: &[Test("gap", "x6_rows_of_another_server"), Simulation("20")],
     },
     Mutant {
         name: "other-server-is-a-gap",
