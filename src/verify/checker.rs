@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     facts::{Facts, KeyFacts},
-    history::{History, Key, Mode, NodeId, Noted, Outcome, Read, Time, Version},
+    history::{History, Key, Mode, NodeId, Noted, Outcome, Read, Time, Version, Write},
     story,
 };
 
@@ -179,8 +179,8 @@ fn check_read(
             Some(write) if write.sent > read.end => {
                 return broken(Rule::NoFuture, format!("read {version} before it was sent"), None);
             }
-            Some(write) if write.outcome == Outcome::Lost => {
-                if let Some(since) = facts.recovered(read.node, version.era).filter(|since| *since < read.start) {
+            Some(Write { outcome: Outcome::Lost { with }, .. }) => {
+                if let Some(since) = facts.recovered(read.node, *with).filter(|since| *since < read.start) {
                     let what = format!("read {version}, which was lost before this node became coherent again");
                     broken(Rule::Lost, what, Some(Floor { rule: Rule::Lost, version, at: since }));
                 }

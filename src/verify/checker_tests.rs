@@ -1,6 +1,6 @@
 //! Each rule lets pass what is allowed, and finds what is not.
 
-use super::{super::history::Write, *};
+use super::*;
 
 const BOUND: Promises = Promises { staleness_bound: 100 };
 
@@ -151,7 +151,7 @@ fn a_snapshot_is_of_one_moment_and_shows_whole_transactions() {
 #[test]
 fn what_was_lost_in_a_crash_ends_when_the_node_has_recovered() {
     let mut writes = three();
-    writes.push(Write { outcome: Outcome::Lost, ..write(4, 2100, 2110) });
+    writes.push(Write { outcome: Outcome::Lost { with: 0 }, ..write(4, 2100, 2110) });
     writes.push(Write { version: Version { era: 1, number: 4 }, xid: 4, ..write(4, 5000, 5010) });
     let recovered = vec![(0, 4000, Noted::Coherent { era: 1 })];
     let of = |reads: &[Read]| rules(&History { notes: recovered.clone(), ..history(&writes, reads) });

@@ -35,7 +35,10 @@ pub enum Outcome {
     /// Its transaction, or its savepoint, was rolled back.
     RolledBack,
     /// It may have been visible, and was lost in a crash or by a promotion.
-    Lost,
+    Lost {
+        /// The last era that it was part of.
+        with: u32,
+    },
 }
 
 /// One version of one key.

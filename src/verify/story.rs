@@ -22,7 +22,7 @@ pub(super) fn write(write: &Write) -> String {
         Outcome::Committed if write.ended == Time::MAX => "; its commit was never confirmed",
         Outcome::Committed => "",
         Outcome::RolledBack => "; rolled back",
-        Outcome::Lost => "; lost later",
+        Outcome::Lost { .. } => "; lost later",
     };
     format!("transaction {} {what} {}{how}", write.xid, write.version)
 }

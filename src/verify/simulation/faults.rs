@@ -214,26 +214,33 @@ fn failover(world: &Arc<World>) {
 }
 
 fn follow(inner: &mut Inner, new: super::database::Server, lost: Vec<u64>) {
+    let with = inner.servers[inner.primary].era;
     inner.servers.push(new);
     inner.primary = inner.servers.len() - 1;
     if !lost.is_empty() {
         *inner.counts.entry("lost commit").or_default() += 1;
     }
     for number in lost {
-        inner.outcome(number, Outcome::Lost);
+        inner.outcome(number, Outcome::Lost { with });
     }
 }
 
 /// Somebody switches the triggers off, and on again. That takes a lock that waits for writers.
 async fn triggers_off(world: Arc<World>, lasts: Duration) {
     for on in [false, true] {
-        let (at, table) = {
-            let inner = world.lock();
-            (inner.primary, Arc::clone(&inner.servers[inner.primary].locks.table))
-        };
-        let alone = table.write_owned().await;
-        set_triggers(&mut world.lock(), at, on);
-        drop(alone);
+        loop {
+            let (at, table) = {
+                let inner = world.lock();
+                (inner.primary, Arc::clone(&inner.servers[inner.primary].locks.table))
+            };
+            let _alone = table.write_owned().await;
+            let mut inner = world.lock();
+            // Another server may have become the primary meanwhile.
+            if inner.primary == at {
+                set_triggers(&mut inner, at, on);
+                break;
+            }
+        }
         sleep(lasts).await;
     }
 }
@@ -305,7 +312,7 @@ pub(super) fn heal(world: &World) {
                 inner.servers[at].end();
             }
         }
-        set_triggers(inner, primary, true);
+        // Triggers that are off come on again by themselves: whoever switches them on waits for those who wrote without.
         (inner.pool_at, inner.listener_at) = (primary, primary);
         inner.nodes.values().cloned().collect()
     };

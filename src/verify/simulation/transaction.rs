@@ -317,7 +317,8 @@ impl Work {
             server.record(Commit { by: self.number, xid: self.xid, rows: rows.clone(), flushed });
             if self.server != inner.primary {
                 // Whatever a replaced server does is lost with it.
-                inner.outcome(self.number, Outcome::Lost);
+                let with = inner.servers[self.server].era;
+                inner.outcome(self.number, Outcome::Lost { with });
             }
             let stuck = inner.weather.stuck;
             stuck != u64::MAX && inner.dice.once_in(stuck)

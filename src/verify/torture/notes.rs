@@ -111,24 +111,17 @@ fn writes<'a>(
     let late = timeline.incidents.split.filter(|(.., port)| *port == attempt.port).map(|(_, until, _)| until);
     let ended = attempt.ended.map_or(Time::MAX, |ended| late.map_or(ended, |late| ended.max(late)));
     attempt.rows.iter().map(move |row| {
+        let version = timeline.version(attempt.port, row.number);
         let outcome = if row.undone || attempt.rolled_back {
             Outcome::RolledBack
         } else if survived.contains(&(row.key, row.number)) {
             Outcome::Committed
         } else if may_be_lost(row.number) {
-            Outcome::Lost
+            Outcome::Lost { with: version.era }
         } else {
             Outcome::RolledBack
         };
-        Write {
-            key: row.key,
-            version: timeline.version(attempt.port, row.number),
-            deletes: row.deletes,
-            xid: attempt.xid,
-            sent: attempt.sent,
-            ended,
-            outcome,
-        }
+        Write { key: row.key, version, deletes: row.deletes, xid: attempt.xid, sent: attempt.sent, ended, outcome }
     })
 }
 

@@ -47,7 +47,10 @@ fn a_commit_that_is_gone_was_lost_if_something_crashed_and_is_wrong_if_not() {
     let (history, wrong) = made(notes(), &timeline, &survivors(&[(50, 9)]));
     assert_eq!(
         outcomes(&history),
-        [(Version { era: 0, number: 10 }, Outcome::Lost), (Version { era: 1, number: 50 }, Outcome::Committed)]
+        [
+            (Version { era: 0, number: 10 }, Outcome::Lost { with: 0 }),
+            (Version { era: 1, number: 50 }, Outcome::Committed)
+        ]
     );
     assert!(wrong.is_empty(), "{wrong:?}");
 }
@@ -122,7 +125,7 @@ fn while_there_are_two_primaries_nobody_is_right() {
     let (history, wrong) = made(notes, &split(), &survivors(&[(110, 7)]));
     assert!(wrong.is_empty(), "{wrong:?}");
     assert_eq!(history.writes[0].ended, 200, "it was not for nodes that had not been told");
-    assert_eq!(history.writes[1].outcome, Outcome::Lost);
+    assert_eq!(history.writes[1].outcome, Outcome::Lost { with: 0 });
     assert_eq!((history.reads[0].mode, history.reads[1].mode), (Mode::Any, Mode::Coherent));
     // The first of the two applied the transaction of the former primary.
     assert_eq!(history.notes.len(), 2);

@@ -41,7 +41,7 @@ impl Tally {
             match write.outcome {
                 Outcome::Committed => self.committed += 1,
                 Outcome::RolledBack => self.rolled_back += 1,
-                Outcome::Lost => self.lost += 1,
+                Outcome::Lost { .. } => self.lost += 1,
             }
             self.deletions += u64::from(write.deletes && write.outcome == Outcome::Committed);
         }
