@@ -67,6 +67,7 @@
 //! | `audit` | reads rows again that were served, and tells what should not have been |
 //! | `shared` | what a node's tasks share: the applier, the clock, fences |
 //! | `postgres/` | the only place with SQL and sockets |
+//! | `server`, `source`, `host` | what a node asks of its database and of its process; a simulation can answer, too |
 //! | `config`, `settings`, `tls` | how to reach Postgres, and how to behave |
 //! | `coherence` | core: may entries be trusted? A state machine |
 //! | `tables`, `inbox` | core: who must forget what; what is still to be applied |
@@ -82,7 +83,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | (none) | the library |
-//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `watch`, `doctor`, `demo` |
+//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `demo` |
 //! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
 #[cfg(feature = "cli")]
