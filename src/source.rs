@@ -14,7 +14,8 @@ pub(crate) trait Source<K, V>: Send + Sync {
     /// database does not take spoils them all.
     fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V>;
 
-    /// What the rows of these keys are now, by one statement of its own, with no code of the user's.
+    /// What the rows of these keys are now, by one statement of its own, with no code of the user's. A key may be there
+    /// more than once.
     fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a>;
 }
 

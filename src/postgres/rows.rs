@@ -125,7 +125,7 @@ where
                     return Err(self.broken("more than one row has the same key"));
                 }
             }
-            let rows = keys.iter().map(|key| found.remove(key).unwrap_or(Digest::ABSENT)).collect();
+            let rows = keys.iter().map(|key| found.get(key).copied().unwrap_or(Digest::ABSENT)).collect();
             Ok(Digests { rows, stamp })
         })
     }
