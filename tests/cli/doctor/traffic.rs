@@ -159,13 +159,18 @@ pg_test! {
         stuck.batch_execute("listen noise").await.expect("listens");
         doctor(&db.url).await.has("ok", "queue.usage", &[]);
         proxy.set(Direction::Down, Flow::Stall);
-        // First the buffers of its socket fill, then the queue.
+        // First the buffers of its socket fill, then the queue, which also grows while that session has not had its turn.
         let writer = db.client().await;
-        support::eventually("the queue is a fifth full", async || {
-            let send = "select count(pg_notify('noise', rpad(n || random()::text, 7900))) from generate_series(1, 5) n";
-            writer.query_one(send, &[]).await.expect("sends");
-            let usage = writer.query_one("select pg_notification_queue_usage()", &[]).await.expect("asks");
-            usage.get::<_, f64>(0) > 0.2
+        support::eventually("the session cannot write, and the queue is two fifths full", async || {
+            let look = "select pg_notification_queue_usage() > 0.4, wait_event is not distinct from 'ClientWrite'
+                from pg_stat_activity where pid = $1";
+            let row = writer.query_one(look, &[&pid]).await.expect("asks");
+            let (is_filled, is_stuck): (bool, bool) = (row.get(0), row.get(1));
+            if !is_filled {
+                let send = "select count(pg_notify('noise', rpad(n || random()::text, 7900))) from generate_series(1, 5) n";
+                writer.query_one(send, &[]).await.expect("sends");
+            }
+            is_filled && is_stuck
         })
         .await;
         let found = doctor(&db.url).await;
