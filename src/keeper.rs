@@ -103,7 +103,7 @@ async fn hold(
     ready: &mut Option<oneshot::Sender<Result<()>>>,
 ) -> Result<()> {
     let _held = Held(shared);
-    shared.lead(id, &line);
+    shared.lead(id, line);
     tokio::select! {
         biased;
         end = beat(shared, ready) => end,

@@ -68,7 +68,8 @@ impl Server for Postgres {
     }
 
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        // Transactions that are open may end; nobody waits for them.
+        // No transaction begins any more. Those that are open may end; nobody waits for them.
+        drop(self.writes.close());
         let writes = self.writes.clone();
         tokio::spawn(async move { writes.close().await });
         Box::pin(self.pool.close())
