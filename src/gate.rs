@@ -57,6 +57,7 @@ impl Gate {
         Self(CachePadded::new(Shown { word: AtomicU64::new(0), stale: AtomicU64::new(0) }))
     }
 
+    #[inline]
     pub(crate) fn word(&self) -> Word {
         Word(self.0.word.load(Ordering::Acquire))
     }

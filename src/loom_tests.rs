@@ -1,7 +1,7 @@
 //! The core's atomics under loom: which orderings the gate and the horizon need. shuttle takes every atomic for sequentially
 //! consistent, and sees none of this.
 //!
-//! Run: `RUSTFLAGS="--cfg loom_core" CARGO_TARGET_DIR=target/loom cargo test --lib --release loom`. Each test runs every
+//! Run: `ROWCACHE_TEST_ATOMICS=loom cargo test --all-features --lib loom`. Each test runs every
 //! execution that the memory model of C11 allows (`LOOM_MAX_PREEMPTIONS` bounds them, `LOOM_LOG=trace` tells them).
 //! `LOOM_CHECKPOINT_FILE` keeps the execution that failed, and continues with it.
 

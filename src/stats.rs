@@ -139,6 +139,7 @@ pub(crate) struct Counters {
 
 impl Counters {
     /// Returns whether this hit is one of the sample.
+    #[inline]
     pub(crate) fn hit(&self) -> bool {
         // Spread by a multiplication, and not every sixteenth: a loop over 160 keys would always meet the same ten.
         #[expect(
@@ -207,8 +208,9 @@ struct Striped([CachePadded<AtomicU64>; STRIPES]);
 
 impl Striped {
     /// Returns what the stripe showed before.
+    #[inline]
     fn add(&self, n: u64) -> u64 {
-        self.0[stripe() % STRIPES].fetch_add(n, Ordering::Relaxed)
+        self.0[stripe()].fetch_add(n, Ordering::Relaxed)
     }
 
     fn get(&self) -> u64 {
@@ -217,17 +219,22 @@ impl Striped {
 }
 
 /// This thread's stripe: threads are dealt out in the order in which they first count something.
+#[inline]
 fn stripe() -> usize {
-    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     thread_local! {
         static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
     }
-    STRIPE.with(|stripe| {
-        if stripe.get() == usize::MAX {
-            stripe.set(NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % STRIPES);
-        }
-        stripe.get()
+    STRIPE.with(|stripe| match stripe.get() {
+        dealt if dealt < STRIPES => dealt,
+        _ => deal(stripe) % STRIPES,
     })
+}
+
+#[cold]
+fn deal(stripe: &Cell<usize>) -> usize {
+    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    stripe.set(NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % STRIPES);
+    stripe.get()
 }
 
 #[cfg(all(test, not(shuttle)))]

@@ -14,7 +14,7 @@
 //! * at the end the store is at rest (`store/whole.rs`): no flight, no runner, the index of hashes is what is held, and the
 //!   counters add up.
 //!
-//! Run: `RUSTFLAGS="--cfg shuttle" cargo test --lib --release shuttle`. `SHUTTLE_ITERATIONS` sets the number of schedules; a
+//! Run: `RUSTFLAGS="--cfg shuttle" cargo test --lib --profile explore shuttle`. `SHUTTLE_ITERATIONS` sets the number of schedules; a
 //! failure prints its schedule, and `SHUTTLE_SCHEDULE=` with that text, and the name of the test, plays it again.
 
 use std::collections::VecDeque as Deque;

@@ -1,11 +1,11 @@
-//! Locks and atomics: the standard library's; or the model checker's under `--cfg shuttle`; or, under `--cfg loom_core`, the
-//! atomics alone of the one that knows their orderings (not `--cfg loom`: dependencies have their own idea of that).
+//! Locks and atomics: the standard library's; or the model checker's under `--cfg shuttle`; or, in tests under `cfg(loom_core)`, the
+//! atomics alone of the one that knows their orderings (not `cfg(loom)`: dependencies have their own idea of that).
 //!
 //! A poisoned lock is ignored: each critical section leaves its data whole at every point where it could panic.
 
-#[cfg(loom_core)]
+#[cfg(all(test, loom_core))]
 pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-#[cfg(not(any(shuttle, loom_core)))]
+#[cfg(not(any(shuttle, all(test, loom_core))))]
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(shuttle))]
 pub(crate) use std::sync::{Arc, Mutex, MutexGuard};

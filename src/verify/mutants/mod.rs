@@ -140,7 +140,7 @@ impl Catcher {
         match self {
             Self::Unit(of) => vec!["test", "--all-features", "--lib", of],
             Self::Test(file, of) => vec!["test", "--all-features", "--test", file, of],
-            Self::Schedules(of) => vec!["test", "--release", "--lib", of],
+            Self::Schedules(of) => vec!["test", "--profile", "explore", "--lib", of],
             Self::Simulation(seeds) => {
                 let simulate = ["--", "simulate", "--seed", "1", "--steps", "6000", "--seeds", seeds];
                 [&["run", "--all-features", "--bin", "rowcache-verify"][..], &simulate].concat()
