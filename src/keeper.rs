@@ -103,7 +103,9 @@ async fn hold(
     ready: &mut Option<oneshot::Sender<Result<()>>>,
 ) -> Result<()> {
     let _held = Held(shared);
-    shared.lead(id, line);
+    shared.lead(id, &line);
+    // A line that is lost closes its connections when nobody has it any more.
+    drop(line);
     tokio::select! {
         biased;
         end = beat(shared, ready) => end,

@@ -73,15 +73,15 @@ impl Shared {
         }
     }
 
-    /// Begins an epoch with this line. Takes it: a line that was lost closes its connections when nobody has it any more.
-    pub(crate) fn lead(&self, id: LineId, line: Arc<dyn Line>) {
-        lock(&self.relay).lead(id, Arc::clone(&line));
+    /// Begins an epoch with this line.
+    pub(crate) fn lead(&self, id: LineId, line: &Arc<dyn Line>) {
+        lock(&self.relay).lead(id, Arc::clone(line));
         self.look(|coherence| coherence.listening(line.incarnation()));
-        self.lose_if_ended(id, &*line);
+        self.lose_if_ended(id, &**line);
     }
 
     /// Keeps this line beside the one that is heard, to take over from it.
-    pub(crate) fn attach(&self, id: LineId, line: Arc<dyn Line>) -> Result<()> {
+    pub(crate) fn attach(&self, id: LineId, line: &Arc<dyn Line>) -> Result<()> {
         if self.look(|coherence| coherence.incarnation()) != Some(line.incarnation()) {
             return Err(Error::new(
                 Kind::Unavailable,
@@ -89,8 +89,8 @@ impl Shared {
                  under way, or the listener's address stands for several servers",
             ));
         }
-        lock(&self.relay).attach(id, Arc::clone(&line));
-        self.lose_if_ended(id, &*line);
+        lock(&self.relay).attach(id, Arc::clone(line));
+        self.lose_if_ended(id, &**line);
         // It covers when a fence that is sent from here on has been received. An error: there is a gap anyway.
         let _ = self.look(Coherence::want_fence);
         self.wake.notify_one();

@@ -35,5 +35,5 @@ pub(super) async fn keep(shared: &Arc<Shared>) -> Infallible {
 
 async fn open(shared: &Arc<Shared>) -> Result<()> {
     let (id, line) = shared.open_line().await?;
-    shared.attach(id, line)
+    shared.attach(id, &line)
 }
