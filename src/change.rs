@@ -281,13 +281,16 @@ impl<'de> Deserialize<'de> for RowKey {
             type Value = RowKey;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an integer, a string, or a list of them")
+                f.write_str("an integer, a string, or a list of two or more")
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RowKey, A::Error> {
                 let mut parts = Vec::new();
                 while let Some(part) = list.next_element()? {
                     parts.push(part);
+                }
+                if parts.len() < 2 {
+                    return Err(serde::de::Error::invalid_length(parts.len(), &self));
                 }
                 Ok(RowKey(Parts::Many(parts)))
             }
@@ -439,6 +442,8 @@ mod tests {
             r#"{"v":1,"t":"a.b","k":[1],"later":true}"#,
             r#"{"v":1,"t":"a.b","k":[1.5]}"#,
             r#"{"v":1,"t":"a.b","k":[[[1]]]}"#,
+            r#"{"v":1,"t":"a.b","k":[[]]}"#,
+            r#"{"v":1,"t":"a.b","k":[["one"]]}"#,
             r#"{"v":1,"t":"a.b","k":[18446744073709551615]}"#,
             r#"{"v":1,"t":"a.b","k":7}"#,
             r#"{"v":1,"t":"a.b","h":["000102030405060708090a0b0c0d0eff"]}"#,

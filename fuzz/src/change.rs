@@ -64,7 +64,10 @@ impl Input {
         let parts = |parts: &Vec<Part>| parts.iter().map(part).collect::<Vec<_>>();
         let rows = match &self.rows {
             Form::All => Rows::All,
-            Form::Keys(keys) => Rows::Keys(keys.iter().map(|key| fuzzing::row_key(&parts(key))).collect()),
+            Form::Keys(keys) => {
+                let keys = keys.iter().filter(|key| !key.is_empty());
+                Rows::Keys(keys.map(|key| fuzzing::row_key(&parts(key))).collect())
+            }
             Form::Hashed(secret, hashes) => {
                 let hex = |hash: &[u8; 16]| hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
                 let hash = |hash| fuzzing::hash_from_hex(&hex(hash)).expect("32 digits");

@@ -10,14 +10,18 @@ use rowcache::{
 use serde_json::{Map, Value};
 
 pub fn run(payload: &str) {
-    let object = match serde_json::from_str(payload) {
+    let value = serde_json::from_str(payload);
+    // A number that is out of all range ends this reader, and not the one that skips it on its way to the table's name.
+    let is_whole = value.is_ok();
+    let object = match value {
         Ok(Value::Object(object)) => object,
         _ => Map::new(),
     };
     let named = object.get("t").and_then(Value::as_str);
     match (parse(payload), expected(object.clone())) {
         (Parsed::Unreadable(None), None) => {}
-        (Parsed::Unreadable(table), None) => assert_eq!(table.as_deref(), named, "{payload}"),
+        (Parsed::Unreadable(table), None) if is_whole => assert_eq!(table.as_deref(), named, "{payload}"),
+        (Parsed::Unreadable(_), None) => {}
         // A name that is there twice is seen by one reader only.
         (Parsed::Unreadable(table), Some(_)) => {
             assert!(names_repeat(payload), "{payload} is in the grammar");
@@ -92,8 +96,8 @@ fn key(value: &Value) -> Option<RowKey> {
     match value {
         Value::Array(parts) => {
             let parts: Vec<_> = parts.iter().map(scalar).collect::<Option<_>>()?;
-            // A list of one is no form that is ever sent, and is told apart from its part.
-            (parts.len() != 1).then(|| fuzzing::row_key(&parts))
+            // A list of one is told apart from its part, and a key has a part.
+            (parts.len() >= 2).then(|| fuzzing::row_key(&parts))
         }
         value => scalar(value).map(|part| fuzzing::row_key(&[part])),
     }

@@ -19,6 +19,7 @@ pub struct World {
     hashed: bool,
     tables: Tables,
     caches: [Cache; 2],
+    capacities: [usize; 2],
     channel: VecDeque<Told>,
     listening: bool,
     /// A fence came back on this line, and there has been no gap since.
@@ -59,15 +60,14 @@ struct Waiting {
 impl World {
     pub fn new(plan: Plan) -> Self {
         let secret = plan.hashed.then_some(SECRET);
-        let cache = |capacity: u8| {
-            let (runners, batch) = (1 + usize::from(plan.runners % 3), 1 + usize::from(plan.batch % 3));
-            Cache::new(1 + usize::from(capacity % 6), runners, batch, secret)
-        };
+        let capacities = [plan.capacity, plan.capacity / 6].map(|capacity| 1 + usize::from(capacity % 6));
+        let (runners, batch) = (1 + usize::from(plan.runners % 3), 1 + usize::from(plan.batch % 3));
         let mut world = Self {
             database: Database::default(),
             hashed: plan.hashed,
             tables: Tables::default(),
-            caches: [cache(plan.capacity), cache(plan.capacity / 6)],
+            caches: capacities.map(|capacity| Cache::new(capacity, runners, batch, secret)),
+            capacities,
             channel: VecDeque::new(),
             listening: false,
             up: false,
@@ -342,11 +342,11 @@ impl World {
                 self.get(cache, key, Asks::Coherent, false);
                 self.run_all();
                 let held = self.caches[cache].peek(name(key));
-                assert_eq!(
-                    held,
-                    Some(self.database.row(key)),
-                    "key {key} is not held after a load that nothing overtook"
-                );
+                // Where there is no room for all, which one gives way is for quick_cache to say.
+                if held.is_some() || self.capacities[cache] >= KEYS {
+                    let row = Some(self.database.row(key));
+                    assert_eq!(held, row, "key {key} is not held after a load that nothing overtook");
+                }
             }
         }
         assert!(self.waits.is_empty(), "{} wait for ever", self.waits.len());

@@ -44,8 +44,8 @@ pub(super) async fn kill_backend(world: &mut World, rng: &mut StdRng) -> Result<
         world.open();
         return Ok(Done::new("it had ended", Shows::Itself(false)));
     }
-    world.begin_era();
-    // This connection ends with all others; the next one is to a server that has recovered.
+    // This connection ends with all others; the next one is to a server that has recovered. Until then transactions commit,
+    // and are lost.
     let over = async {
         while client.batch_execute("select 1").await.is_ok() {
             sleep(Duration::from_millis(5)).await;
@@ -53,6 +53,7 @@ pub(super) async fn kill_backend(world: &mut World, rng: &mut StdRng) -> Result<
     };
     timeout(PATIENCE, over).await.context("the server does not notice that a process was killed")?;
     world.until_ready().await?;
+    world.begin_era();
     world.open();
     Ok(Done::new("", Shows::Line))
 }
