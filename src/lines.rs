@@ -75,8 +75,9 @@ impl Shared {
 
     /// Begins an epoch with this line.
     pub(crate) fn lead(&self, id: LineId, line: &Arc<dyn Line>) {
+        let incarnation = line.incarnation();
         lock(&self.relay).lead(id, Arc::clone(line));
-        self.look(|coherence| coherence.listening(line.incarnation()));
+        self.look(|coherence| coherence.listening(incarnation));
         self.lose_if_ended(id, &**line);
     }
 
