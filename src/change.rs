@@ -414,6 +414,15 @@ mod tests {
     }
 
     #[test]
+    fn a_key_has_parts_and_a_text() {
+        let one = RowKey::new(&[KeyPart::Int(7)]);
+        assert_eq!((one.parts(), one.to_string().as_str()), (&[KeyPart::Int(7)][..], "7"));
+        let parts = [KeyPart::Int(7), KeyPart::Text("ada".into())];
+        let two = RowKey::new(&parts);
+        assert_eq!((two.parts(), two.to_string().as_str()), (&parts[..], "(7, ada)"));
+    }
+
+    #[test]
     fn what_cannot_be_read_flushes_the_table_it_names_or_every_table() {
         let flushed = |payload| match Message::parse(payload) {
             Message::Unreadable { table, .. } => table,
@@ -432,6 +441,8 @@ mod tests {
             "{\"v\":1,\"t\":\"a.b\"",
             r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007"}"#,
             r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007","s":"1:x:","l":1}"#,
+            r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007","s":"1:1:","l":1,"x":1}"#,
+            r#"{"v":1,"f":"00000000-0000-0000-0000-000000000007","s":"1:1:","l":1,"c":{"x":[1]}}"#,
         ] {
             assert_eq!(flushed(nameless), None, "{nameless}");
         }

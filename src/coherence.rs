@@ -189,7 +189,7 @@ impl Coherence {
             Line::Probing { .. } => true,
             Line::Up => false,
         };
-        if self.under_way.is_some() || now < self.fence_due()? {
+        if now < self.fence_due()? {
             return None;
         }
         self.started += 1;
@@ -411,6 +411,22 @@ mod tests {
     }
 
     #[test]
+    fn a_fence_is_due_a_beat_after_the_last_or_soon_when_somebody_waits() {
+        let mut node = up();
+        assert_eq!(node.fence_due(), Some(at(0.0) + TIMING.beat));
+        let beat = fence(&mut node, at(1.0));
+        assert_eq!(node.fence_due(), None, "one at a time");
+        assert_eq!(node.next_fence(at(9.0), Uuid::new_v4()), None);
+        node.fence_not_sent(beat);
+        assert_eq!(node.fence_due(), Some(at(1.0) + TIMING.spacing), "somebody may have waited for that one");
+        let again = fence(&mut node, at(1.0) + TIMING.spacing);
+        back(&mut node, again);
+        assert_eq!(node.fence_due(), Some(at(1.0) + TIMING.spacing + TIMING.beat));
+        node.gap(at(2.0), Reason::BeatLate);
+        assert_eq!(node.fence_due(), None, "no line");
+    }
+
+    #[test]
     fn x9_a_fence_that_has_started_is_not_shared() {
         let mut node = up();
         let running = fence(&mut node, at(1.0));
@@ -474,8 +490,11 @@ mod tests {
     #[test]
     fn fences_of_strangers_and_of_lost_lines_count_for_nothing() {
         let mut node = up();
-        assert_eq!(node.fence_applied(Uuid::from_u128(99), mark()), []);
+        let stranger = Uuid::from_u128(99);
+        assert_eq!(node.fence_applied(stranger, mark()), []);
         let lost = fence(&mut node, at(1.0));
+        assert_eq!(node.fence_checked(lost), []);
+        assert_eq!(node.fence_applied(stranger, mark()), [], "in the place of one that is under way");
         assert_eq!(node.gap(at(1.5), Reason::BeatLate), [Action::Close]);
         assert_eq!(node.fence_applied(lost.nonce, mark()), []);
         node.listening(incarnation(1));

@@ -70,11 +70,15 @@ impl Gate {
 
     /// Only `Tables` calls this, under its lock, so that words are shown in the order they were dealt.
     pub(crate) fn show(&self, word: Word, before: Before) {
-        let shown = self.word();
         match before {
-            Before::Stale if shown.is_coherent() => self.0.stale.store(shown.0, Ordering::Release),
-            // The gap goes on.
-            Before::Stale => {}
+            Before::Stale => {
+                let shown = self.word();
+                // Otherwise a gap goes on, and what it left stays what it was.
+                if shown.is_coherent() {
+                    // Told by the store of the word, below.
+                    self.0.stale.store(shown.0, Ordering::Relaxed);
+                }
+            }
             Before::Forgotten => self.0.stale.store(0, Ordering::Release),
         }
         self.0.word.store(word.0, Ordering::Release);

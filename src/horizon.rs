@@ -28,7 +28,8 @@ impl Horizon {
 
     /// What is applied may not be all that was committed any more.
     pub(crate) fn gap(&self) {
-        self.lsn.store(0, Ordering::Release);
+        // Relaxed: 0 makes nobody believe anything.
+        self.lsn.store(0, Ordering::Relaxed);
     }
 
     /// The time since everything visible was last known to have been applied.

@@ -96,6 +96,16 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_fence_stays_in_its_turn() {
+        let inbox = Inbox::new(500);
+        let items = [Item::Message("before".into()), Item::Own("fence".into()), Item::Message("after".into())];
+        for item in items.clone() {
+            assert!(!inbox.push(item));
+        }
+        assert_eq!(inbox.take().await, items);
+    }
+
+    #[tokio::test]
     async fn an_overflow_covers_what_it_replaces_and_keeps_the_fences() {
         let inbox = Inbox::new(500);
         let message = || Item::Message("x".repeat(100));

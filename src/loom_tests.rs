@@ -22,8 +22,9 @@ use crate::{
 const BEFORE: Duration = Duration::from_secs(1);
 const AFTER: Duration = Duration::from_secs(2);
 
-// TODO(coverage): this one stays green when the word's orderings are weakened to Relaxed, and so does the next one; those of
-// the horizon and of the reclaims do not.
+// loom leaves out executions in which a thread loads another's value and then stores its own (it stays green there with Relaxed).
+// So the thread that moves a gate shows every word of it: what it loads is its own.
+
 /// Who finds a gate open knows what was done before it was opened: LISTEN has returned, so that a load may start (I1).
 #[test]
 fn loom_an_open_gate_shows_what_came_before_it() {
@@ -33,7 +34,7 @@ fn loom_an_open_gate_shows_what_came_before_it() {
         let opener = thread::spawn(move || {
             let (gate, listening) = &*opener;
             let mut words = Words::default();
-            gate.show(words.fresh(false), Before::Stale);
+            gate.show(words.fresh(false), Before::Forgotten);
             listening.store(1, Ordering::Relaxed);
             gate.show(words.fresh(true), Before::Forgotten);
         });
@@ -45,27 +46,31 @@ fn loom_an_open_gate_shows_what_came_before_it() {
     });
 }
 
-/// A gap, and its end. Who finds the gate moved finds its entry out of service, not lost, during the gap; and not out of
-/// service, but gone, after it.
+/// A gap, and its end. Who finds the gate moved finds its entry out of service, and not lost, until the gap is about to end; and not
+/// out of service, but gone, after it. Just before its end it may be lost already: who asks then loads, and nobody is served
+/// what is from before the gap once the gate is open.
 #[test]
 fn loom_what_a_gap_left_is_there_until_the_gap_ends_and_no_longer() {
     loom::model(|| {
         let mut words = Words::default();
         let [held, gap, open] = [true, false, true].map(|coherent| words.fresh(coherent));
-        let gate = Arc::new(Gate::closed());
-        gate.show(held, Before::Forgotten);
-        let mover = Arc::clone(&gate);
+        let world = Arc::new((Gate::closed(), AtomicU64::new(0)));
+        let mover = Arc::clone(&world);
         let mover = thread::spawn(move || {
-            mover.show(gap, Before::Stale);
-            mover.show(open, Before::Forgotten);
+            let (gate, ending) = &*mover;
+            gate.show(held, Before::Forgotten);
+            gate.show(gap, Before::Stale);
+            ending.store(1, Ordering::Relaxed);
+            gate.show(open, Before::Forgotten);
         });
+        let (gate, ending) = &*world;
         let shown = gate.word();
         let stale = gate.is_stale(held);
         if shown == open {
             assert!(!stale, "served after the gap");
         }
         if shown == gap && !stale {
-            assert_eq!(gate.word(), open, "lost in the gap");
+            assert_eq!(ending.load(Ordering::Relaxed), 1, "lost in the gap");
         }
         mover.join().unwrap();
     });
@@ -78,11 +83,11 @@ fn loom_who_sees_the_horizon_move_sees_the_gate_moved() {
         let mut words = Words::default();
         let [held, gap, open] = [true, false, true].map(|coherent| words.fresh(coherent));
         let world = Arc::new((Gate::closed(), Horizon::default()));
-        world.0.show(held, Before::Forgotten);
-        world.1.advance(BEFORE, 10);
         let applier = Arc::clone(&world);
         let applier = thread::spawn(move || {
             let (gate, horizon) = &*applier;
+            gate.show(held, Before::Forgotten);
+            horizon.advance(BEFORE, 10);
             horizon.gap();
             gate.show(gap, Before::Stale);
             gate.show(open, Before::Forgotten);
@@ -104,11 +109,11 @@ fn loom_a_position_is_not_of_a_later_epoch_than_the_word() {
         let mut words = Words::default();
         let [held, gap, open] = [true, false, true].map(|coherent| words.fresh(coherent));
         let world = Arc::new((Gate::closed(), Horizon::default()));
-        world.0.show(held, Before::Forgotten);
-        world.1.advance(BEFORE, 10);
         let applier = Arc::clone(&world);
         let applier = thread::spawn(move || {
             let (gate, horizon) = &*applier;
+            gate.show(held, Before::Forgotten);
+            horizon.advance(BEFORE, 10);
             horizon.gap();
             gate.show(gap, Before::Stale);
             gate.show(open, Before::Forgotten);

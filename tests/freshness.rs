@@ -99,7 +99,9 @@ pg_test! {
     // fenced read that starts later.
     async fn fenced_reads_of_many_nodes_never_go_back(test: Test) {
         let db = users_db(test.version).await;
-        let nodes = [node(&db).await, node(&db).await, node(&db).await];
+        // The second one hears nothing while the first one is read, and must wait for what that has returned.
+        let (proxy, deaf) = patient(&db).await;
+        let nodes = [node(&db).await, deaf, node(&db).await];
         let mut tables = Vec::new();
         for node in &nodes {
             tables.push(users(node).await);
@@ -121,7 +123,17 @@ pg_test! {
         db.execute("update public.users set name = '0' where id = 1").await;
         // The writer may be anywhere; what has been returned is the floor.
         for turn in 0..150 {
-            let seen = version(name_with(&tables[turn % 3], 1, Freshness::Fenced).await);
+            if turn % 3 == 0 {
+                proxy.set(Direction::Down, Flow::Stall);
+            }
+            let read = name_with(&tables[turn % 3], 1, Freshness::Fenced);
+            let hear = async {
+                if turn % 3 == 1 {
+                    proxy.set(Direction::Down, Flow::Pass);
+                }
+            };
+            let (seen, ()) = tokio::join!(biased; read, hear);
+            let seen = version(seen);
             assert!(seen >= last, "turn {turn}: {seen} after {last}");
             last = seen;
         }

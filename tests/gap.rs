@@ -106,28 +106,34 @@ pg_test! {
         config.listener = hasty(&db.url).listener;
         let node = Node::start(config).await.expect("starts");
         let users = users(&node).await;
-        name(&users, 1).await;
         let mut events = node.subscribe();
-        proxy.retarget(twin.port);
-        proxy.close_all(Close::Rst).await;
-        let error = users.get(&2).await.expect_err("it may be older than what this node has seen");
-        assert!(error.is_unavailable() && error.to_string().contains("another server"), "{error:?}");
-        assert!(matches!(users.peek(&2), Lookup::Unknown), "not cached");
-        let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
-            unreachable!()
-        };
-        assert_eq!(why, Reason::OtherServer);
-        assert!(matches!(users.peek(&1), Lookup::Unknown), "whom to believe is not known");
-        assert_eq!(name(&users, 2).await.as_deref(), Some("of the other server"), "in doubt there is nobody else to ask");
-        eventually("the node says why it does not come back", async || match node.status() {
-            Status::Bypassed { why, .. } => why.to_string().contains("different servers"),
-            status => panic!("{status:?} across two servers"),
-        })
-        .await;
-        proxy.retarget(db.port);
-        proxy.close_all(Close::Rst).await;
-        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
-        assert_eq!(name(&users, 2).await.as_deref(), Some("user 2"));
+        // A server that has no identity yet, and then one that has: a node has started there.
+        for (held, asked) in [(1, 2), (3, 4)] {
+            if held == 3 {
+                Node::start(hasty(&twin.url)).await.expect("starts").shutdown().await;
+            }
+            name(&users, held).await;
+            proxy.retarget(twin.port);
+            proxy.close_all(Close::Rst).await;
+            let error = users.get(&asked).await.expect_err("it may be older than what this node has seen");
+            assert!(error.is_unavailable() && error.to_string().contains("another server"), "{error:?}");
+            assert!(matches!(users.peek(&asked), Lookup::Unknown), "not cached");
+            let Event::Gap(why) = event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await else {
+                unreachable!()
+            };
+            assert_eq!(why, Reason::OtherServer);
+            assert!(matches!(users.peek(&held), Lookup::Unknown), "whom to believe is not known");
+            assert_eq!(name(&users, asked).await.as_deref(), Some("of the other server"), "in doubt there is nobody else to ask");
+            eventually("the node says why it does not come back", async || match node.status() {
+                Status::Bypassed { why, .. } => why.to_string().contains("different servers"),
+                status => panic!("{status:?} across two servers"),
+            })
+            .await;
+            proxy.retarget(db.port);
+            proxy.close_all(Close::Rst).await;
+            event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+            assert_eq!(name(&users, asked).await.as_deref(), Some(format!("user {asked}").as_str()));
+        }
     }
 
     // A failover that leaves the old primary running: pooled connections to it are still good, and wrong.

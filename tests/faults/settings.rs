@@ -97,9 +97,15 @@ pg_test! {
         let (one, other) = (users_db(test.version).await, support::server(test.version, &[]).await);
         let other = support::database_on(&other, test.version).await;
         fixture::migrate(&other).await;
-        let mut config = hasty(&one.url);
-        config.listener = hasty(&other.url).listener;
-        let error = Node::start(config).await.expect_err("they do not belong together");
-        assert!(error.is_config() && error.to_string().contains("different servers"), "{error:?}");
+        // A server without an identity, and then one that has been given one by a node of its own.
+        for has_identity in [false, true] {
+            if has_identity {
+                Node::start(hasty(&one.url)).await.expect("starts").shutdown().await;
+            }
+            let mut config = hasty(&one.url);
+            config.listener = hasty(&other.url).listener;
+            let error = Node::start(config).await.expect_err("they do not belong together");
+            assert!(error.is_config() && error.to_string().contains("different servers"), "{error:?}");
+        }
     }
 }
