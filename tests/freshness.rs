@@ -125,6 +125,7 @@ pg_test! {
         for turn in 0..150 {
             if turn % 3 == 0 {
                 proxy.set(Direction::Down, Flow::Stall);
+                name(&tables[1], 1).await.expect("held from here on");
             }
             let read = name_with(&tables[turn % 3], 1, Freshness::Fenced);
             let hear = async {
