@@ -402,12 +402,14 @@ mod tests {
         let mut node = Coherence::new(TIMING, at(0.0));
         assert_eq!(node.bypassed(), Some((at(0.0), &Reason::Starting)));
         assert_eq!(node.next_fence(at(0.0), Uuid::nil()), None, "no fence without a line");
+        assert!(!node.has_line());
         node.listening(incarnation(1));
-        assert!(node.bypassed().is_some());
+        assert!(node.bypassed().is_some() && node.has_line() && node.mark().is_none());
         assert_eq!(node.want_fence(), Err(Reason::Starting));
         let probe = fence(&mut node, at(0.1));
         assert_eq!(back(&mut node, probe), [Action::Open, Action::Advance, Action::Release(1)]);
         assert_eq!(node.bypassed(), None);
+        assert_eq!(node.mark(), Some(&mark()));
     }
 
     #[test]
@@ -448,9 +450,11 @@ mod tests {
         assert_eq!(node.lease_end(), Some(at(6.0)));
         let _under_way = fence(&mut node, at(2.0));
         assert_eq!(node.lease_end(), Some(at(6.0)), "a fence that is under way proves nothing");
-        assert_eq!(node.tick(at(4.9)), []);
+        assert_eq!(node.fence_deadline(), Some(at(5.0)));
+        assert_eq!(node.tick(at(5.0)), [], "who wakes at the deadline is not past it");
         assert_eq!(node.tick(at(5.1)), [Action::Close], "three seconds after it was sent it is late");
         assert!(matches!(node.bypassed(), Some((_, Reason::BeatLate))));
+        assert_eq!(node.fence_deadline(), None);
     }
 
     #[test]

@@ -108,6 +108,7 @@ fn x1_an_invalidation_during_a_load_voids_it_for_those_who_come_later() {
     assert_eq!(fixture.held(1), Some(Some("new")));
     let stats = fixture.store.counters.snapshot(0);
     assert_eq!((stats.voided, stats.published, stats.loads), (1, 1, 2));
+    assert_eq!((stats.led, stats.joined), (2, 0), "who came after leads the load of its own");
 }
 
 #[test]
