@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use fixture::{User, Users, event, hasty, name, node, users, users_db};
+use fixture::{User, Users, event, hasty, name, node, users, users_db, users_server};
 use rowcache::cli::temp_server::Stop;
 use rowcache::{Config, Event, Fallback, Freshness, Lookup, Node, Table, TableOptions, Token};
 use support::{
@@ -278,10 +278,7 @@ pg_test! {
     async fn x5_a_token_of_another_incarnation_is_told_apart(test: Test) {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
-        let mut server = support::server(test.version, &[("fsync", "on"), ("synchronous_commit", "off")]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut server, db) = users_server(test.version, &[("fsync", "on"), ("synchronous_commit", "off")]).await;
         db.execute("checkpoint").await;
         let mut proxy = Proxy::start(server.port()).await;
         let mut config = hasty(&db.url);

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db};
+use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db, users_server};
 use rowcache::cli::temp_server::{Stop, TempServer};
 use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
 use support::{
@@ -74,10 +74,7 @@ pg_test! {
     async fn x5_after_a_crash_nothing_from_before_is_served(test: Test) {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
-        let mut server = support::server(test.version, &[("fsync", "on"), ("synchronous_commit", "off")]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut server, db) = users_server(test.version, &[("fsync", "on"), ("synchronous_commit", "off")]).await;
         db.execute("checkpoint").await;
         let node = Node::start(hasty(&db.url)).await.expect("starts");
         let users = users(&node).await;
@@ -327,10 +324,7 @@ pg_test! {
         test.logs.allow("a fence waited too long");
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
-        let server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (server, db) = users_server(test.version, &[]).await;
         let mut config = hasty(&db.url);
         // A fence waits for a lock for a third of this, which leaves a busy machine time to say so.
         (config.beat_timeout, config.lease) = (Duration::from_secs(3), Duration::from_secs(4));

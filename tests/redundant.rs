@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use fixture::{Users, event, name, users, users_db};
+use fixture::{Users, event, name, users, users_db, users_server};
 use rowcache::{Config, Event, Events, Node, RowKey, Rows, cli::temp_server::Stop};
 use support::{
     PATIENCE, TestDb, eventually,
@@ -249,10 +249,7 @@ pg_test! {
         test.logs.allow(AGAIN);
         test.logs.allow(NO_SPARE);
         test.logs.allow(UNVERIFIED);
-        let mut server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut server, db) = users_server(test.version, &[]).await;
         let (_node, users, mut events) = covered(redundant(&db.url)).await;
         name(&users, 1).await;
         server.stop(Stop::Fast).await.expect("stops");

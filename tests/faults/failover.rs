@@ -9,9 +9,9 @@ use rowcache::{
 
 use crate::{
     Subject, allow_gaps,
-    fixture::{self, hasty, name},
+    fixture::{hasty, name, users_server},
     support::{
-        self, Test, TestDb, connect, eventually,
+        Test, TestDb, connect, eventually,
         proxy::{Close, Proxy},
     },
 };
@@ -28,10 +28,7 @@ struct Pair {
 impl Pair {
     async fn new(test: &Test) -> Self {
         allow_gaps(&test.logs);
-        let mut old = support::server(test.version, &[]).await;
-        let db = support::database_on(&old, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut old, db) = users_server(test.version, &[]).await;
         let new = old.standby().await.expect("makes a standby");
         let (to_pool, to_listener) = (Proxy::start(old.port()).await, Proxy::start(old.port()).await);
         Self { old, new, db, to_pool, to_listener }

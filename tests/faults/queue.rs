@@ -16,8 +16,8 @@ use tokio_postgres::{NoTls, error::SqlState};
 
 use crate::{
     Subject, allow_gaps,
-    fixture::{self, event, hasty},
-    support::{self, Test, TestClient, TestDb, Version, eventually},
+    fixture::{self, event, hasty, users_server},
+    support::{Test, TestClient, TestDb, Version, eventually},
 };
 
 /// A server whose queue has 64 pages of 8 kB; `None` where that cannot be had, before Postgres 17.
@@ -25,11 +25,7 @@ async fn small_queue(test: &Test) -> Option<(TempServer, TestDb)> {
     if test.version == Version::V15 {
         return None; // 8 GB would have to be filled
     }
-    let server = support::server(test.version, &[("max_notify_queue_pages", "64")]).await;
-    let db = support::database_on(&server, test.version).await;
-    fixture::migrate(&db).await;
-    db.execute(fixture::USERS).await;
-    Some((server, db))
+    Some(users_server(test.version, &[("max_notify_queue_pages", "64")]).await)
 }
 
 /// One notification of nearly a page, on a channel of nobody's. `false`: the queue is full.
@@ -175,10 +171,7 @@ pg_test! {
     // The task that reads the socket waits for nothing: an applier that stands still is the node's own trouble.
     async fn an_applier_that_stands_still_does_not_hold_up_the_server(test: Test) {
         allow_gaps(&test.logs);
-        let server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (_server, db) = users_server(test.version, &[]).await;
         let node = Node::start(hasty(&db.url)).await.expect("starts");
         let users: Table<i64, Slow> = node.table("public.users").await.expect("opens");
         // Tests run side by side, and each has a brake of its own.

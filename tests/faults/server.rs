@@ -2,30 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use rowcache::{
-    Reason, Status,
-    cli::temp_server::{Stop, TempServer},
-};
+use rowcache::{Reason, Status, cli::temp_server::Stop};
 
 use crate::{
     Stopped, Subject, allow_gaps, backends,
-    fixture::{self, hasty, name},
-    support::{self, Test, TestDb, eventually, proxy::Proxy},
+    fixture::{hasty, name, users_server},
+    support::{TestDb, eventually, proxy::Proxy},
 };
-
-async fn own_server(test: &Test, settings: &[(&str, &str)]) -> (TempServer, TestDb) {
-    let server = support::server(test.version, settings).await;
-    let db = support::database_on(&server, test.version).await;
-    fixture::migrate(&db).await;
-    db.execute(fixture::USERS).await;
-    (server, db)
-}
 
 pg_test! {
     async fn a_backend_of_the_line_hangs(test: Test) {
         allow_gaps(&test.logs);
         // Of its own: a process that hangs may hold up others.
-        let (_server, db) = own_server(&test, &[]).await;
+        let (_server, db) = users_server(test.version, &[]).await;
         let mut subject = Subject::new(&db, hasty(&db.url)).await;
         for which in ["(listener", "(control"] {
             subject.warm().await;
@@ -48,7 +37,7 @@ pg_test! {
 
     async fn the_whole_server_hangs(test: Test) {
         allow_gaps(&test.logs);
-        let (server, db) = own_server(&test, &[]).await;
+        let (server, db) = users_server(test.version, &[]).await;
         let mut config = hasty(&db.url);
         config.load_timeout = Duration::from_secs(1);
         let mut subject = Subject::new(&db, config).await;
@@ -72,7 +61,7 @@ pg_test! {
     // Postgres then ends all sessions and recovers, without a new start time.
     async fn one_backend_is_killed(test: Test) {
         allow_gaps(&test.logs);
-        let (server, db) = own_server(&test, &[]).await;
+        let (server, db) = users_server(test.version, &[]).await;
         let mut subject = Subject::new(&db, hasty(&db.url)).await;
         for part in ["(listener", ""] {
             subject.warm().await;
@@ -88,8 +77,7 @@ pg_test! {
     // another one. Whoever compares versions takes the two for the same.
     async fn x5_a_lost_commit_whose_version_comes_again(test: Test) {
         allow_gaps(&test.logs);
-        let (mut server, db) = own_server(
-            &test,
+        let (mut server, db) = users_server(test.version,
             &[
                 ("fsync", "on"),
                 ("synchronous_commit", "off"),

@@ -4,7 +4,7 @@ use rowcache::{Config, Node, Status};
 
 use crate::{
     Subject, allow_gaps,
-    fixture::{self, hasty, name, users_db},
+    fixture::{self, hasty, name, users_db, users_server},
     support::{self, TestDb, Version, eventually},
 };
 
@@ -67,10 +67,7 @@ pg_test! {
 
     // A database that was made from another one shares its canary, and its server.
     async fn pool_and_listener_in_two_databases_of_one_server(test: Test) {
-        let server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (server, db) = users_server(test.version, &[]).await;
         db.execute("select rowcache.incarnation()").await;
         let admin = support::connect(&server.admin_url()).await;
         eventually("nobody is connected to the template", async || {

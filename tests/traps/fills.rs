@@ -8,9 +8,9 @@ use std::sync::{
 use rowcache::{Config, Error, Node};
 
 use crate::{
-    fixture::{self, hasty, name, node, users, users_db},
+    fixture::{hasty, name, node, users, users_db, users_server},
     support::{
-        self, TestDb, connect, eventually,
+        TestDb, connect, eventually,
         proxy::{Close, Proxy},
     },
 };
@@ -38,10 +38,7 @@ pg_test! {
         for line in ["cannot restore the LISTEN connection", "another server than the LISTEN connection"] {
             test.logs.allow(line);
         }
-        let mut primary = support::server(test.version, &[]).await;
-        let db = support::database_on(&primary, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut primary, db) = users_server(test.version, &[]).await;
         let replica = primary.standby().await.expect("makes a standby");
         let to_pool = Proxy::start(primary.port()).await;
         let mut config = hasty(&to_pool.url(&db.url));

@@ -13,9 +13,9 @@ use sqlx::{FromRow, postgres::PgRow};
 
 use crate::{
     AGAIN, KILL_LISTENERS, LOST,
-    fixture::{self, Users, event, gap_and_recovery, hasty, name, node, users, users_db},
+    fixture::{Users, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
     slow::{setup, slow_name, spawn_get, stop_at},
-    support::{self, Test, eventually},
+    support::{Test, eventually},
 };
 
 /// What holds in each snapshot of the counters.
@@ -251,10 +251,7 @@ pg_test! {
     async fn trap_22_the_old_row_served_for_ever(test: Test) {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
-        let mut server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut server, db) = users_server(test.version, &[]).await;
         let mut config = hasty(&db.url);
         config.load_timeout = Duration::from_millis(200);
         let node = Node::start(config).await.expect("starts");

@@ -4,9 +4,9 @@ use rowcache::{Event, Lookup, Reason, Status, cli::temp_server::Stop};
 
 use crate::{
     AGAIN, KILL_LISTENERS, LOST, behind_proxy,
-    fixture::{self, event, gap_and_recovery, name, node, users, users_db},
+    fixture::{event, gap_and_recovery, name, node, users, users_db, users_server},
     support::{
-        self, eventually,
+        eventually,
         proxy::{Close, Direction, Flow},
     },
 };
@@ -52,10 +52,7 @@ pg_test! {
     async fn trap_09_the_first_reconnect_that_fails(test: Test) {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
-        let mut server = support::server(test.version, &[]).await;
-        let db = support::database_on(&server, test.version).await;
-        fixture::migrate(&db).await;
-        db.execute(fixture::USERS).await;
+        let (mut server, db) = users_server(test.version, &[]).await;
         let (node, mut proxy) = behind_proxy(&db).await;
         let users = users(&node).await;
         for id in [1, 2] {
