@@ -233,6 +233,24 @@ mod tests {
     }
 
     #[test]
+    fn a_sweep_is_due_when_the_index_has_doubled_since_the_last_one() {
+        let hashed = Hashed::new(Secret::new(b"secret"));
+        let fill = |to: i64| (0..to).for_each(|key| hashed.note(hashed.hash(&key), &key));
+        let smallest = i64::try_from(SWEEP_MIN).expect("small");
+        fill(smallest);
+        assert!(!hashed.sweep_is_due(), "not worth its while");
+        fill(smallest + 1);
+        assert!(hashed.sweep_is_due());
+        let sweep = hashed.sweep().expect("the first one");
+        assert!(!hashed.sweep_is_due() && hashed.sweep().is_none(), "one at a time");
+        drop(sweep);
+        fill(2 * (smallest + 1));
+        assert!(!hashed.sweep_is_due());
+        fill(2 * (smallest + 1) + 1);
+        assert!(hashed.sweep_is_due());
+    }
+
+    #[test]
     fn neither_the_secret_nor_its_state_is_shown() {
         let secret = Secret::new(b"hunter2");
         assert_eq!(format!("{secret:?}"), format!("Secret {{ id: \"{}\", .. }}", secret.id()));
