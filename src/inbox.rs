@@ -119,6 +119,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_bound_is_in_bytes_and_fences_may_take_half_of_it() {
+        let (own, message) = (Item::Own("x".repeat(100)), Item::Message("x".repeat(100)));
+        for (fences, kept) in [(2, 2), (3, 0)] {
+            let inbox = Inbox::new(4 * own.weight());
+            for _ in 0..fences {
+                assert!(!inbox.push(own.clone()));
+            }
+            for _ in fences..4 {
+                assert!(!inbox.push(message.clone()), "full is not too full");
+            }
+            assert!(inbox.push(message.clone()));
+            let items = inbox.take().await;
+            assert_eq!((&items[0], items.len()), (&Item::Overflow, 1 + kept), "of {fences} fences");
+        }
+    }
+
+    #[tokio::test]
     async fn a_flood_on_the_own_channel_is_bounded_too() {
         let inbox = Inbox::new(500);
         for _ in 0..1000 {

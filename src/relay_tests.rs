@@ -39,6 +39,7 @@ fn covered() -> (Relay<&'static str>, LineId, LineId) {
     relay.fence_sent(uuid(0), at(0));
     relay.received(spare, fence(0));
     assert_eq!(relay.received(primary, fence(0)), (Some(fence(0)), true));
+    assert!(relay.is_covered() && relay.has_spare());
     (relay, primary, spare)
 }
 
