@@ -100,6 +100,24 @@ fn the_spare_covers_when_the_primary_has_received_the_fence_and_not_when_the_spa
 }
 
 #[test]
+fn what_is_kept_is_bounded_to_the_byte() {
+    let each = "m1".len() + size_of::<Item>();
+    for (messages, handed) in [(2, vec![message(1), message(2)]), (3, vec![Item::Overflow])] {
+        let mut relay = Relay::new(2 * each);
+        let (primary, spare) = (relay.next_id(), relay.next_id());
+        relay.lead(primary, LEFT);
+        relay.attach(spare, RIGHT);
+        relay.fence_sent(uuid(0), at(0));
+        relay.received(spare, fence(0));
+        relay.received(primary, fence(0));
+        for n in 1..=messages {
+            relay.received(spare, message(n));
+        }
+        assert_eq!(handed_over(&mut relay, primary), handed);
+    }
+}
+
+#[test]
 fn a_message_that_only_the_spare_received_is_handed_over() {
     let (mut relay, primary, spare) = covered();
     relay.fence_sent(uuid(1), at(1));

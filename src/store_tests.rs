@@ -1,7 +1,9 @@
 //! The store step by step, one thread at a time. What threads do to each other is in `store_shuttle.rs`.
 
+use std::time::Duration;
+
 use super::*;
-use crate::{change::Rows, gate::Words, hashed::Secret};
+use crate::{change::Rows, gate::Words, hashed::Secret, stats::SAMPLED};
 
 const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true, at: Tenths::BOOT };
 
@@ -75,6 +77,62 @@ fn a_load_answers_all_who_joined_and_is_published() {
     let stats = fixture.store.counters.snapshot(0);
     assert_eq!((stats.gets, stats.hits, stats.led, stats.joined), (4, 1, 1, 2));
     assert_eq!((stats.loads, stats.published, stats.queries), (1, 1, 1));
+}
+
+#[test]
+fn what_each_look_tells_and_counts() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada"))], OURS);
+    let word = fixture.store.word();
+    assert!(fixture.store.is_coherent() && word.is_coherent());
+    let looks = |store: &Users| [store.lookup_unaudited(&1), store.peek_used(&1), store.peek(&1)];
+    assert!(looks(&fixture.store).iter().all(|entry| entry.as_ref().is_some_and(|entry| entry.value == Some("ada"))));
+    assert_eq!(fixture.store.counters.snapshot(0).hits, 1, "the first of them is a caller's");
+    fixture.store.open_seats(1);
+    for _ in 0..4 * SAMPLED {
+        fixture.store.lookup_unaudited(&1);
+    }
+    assert!(fixture.store.take_sample().is_empty(), "unaudited");
+    fixture.turn(false);
+    assert!(!fixture.store.is_coherent() && fixture.store.word() != word);
+    assert!(looks(&fixture.store).iter().all(Option::is_none));
+}
+
+#[test]
+fn an_entry_is_as_old_as_its_load() {
+    let fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada"))], Origin { at: Tenths::at(Duration::from_secs(90)), ..OURS });
+    let entry = fixture.store.peek(&1).expect("held");
+    assert_eq!((entry.age(Duration::from_secs(100)), entry.lsn()), (Duration::from_secs(10), 7));
+}
+
+#[test]
+fn after_a_gap_the_keys_that_were_used_most_come_first() {
+    let mut fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1, 2, 3]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada")), Ok(Some("bob")), Ok(None)], OURS);
+    for (key, hits) in [(3, 8), (2, 4)] {
+        for _ in 0..hits * SAMPLED {
+            fixture.store.lookup(&key);
+        }
+    }
+    assert!(fixture.store.used_before(3).is_empty(), "they are in service");
+    let gap = fixture.words.fresh(false);
+    fixture.store.show(gap, Before::Stale);
+    let used = |max| {
+        let mut keys = fixture.store.used_before(max);
+        keys.sort_unstable();
+        keys
+    };
+    assert_eq!(
+        (used(0), used(1), used(2), used(3), used(9)),
+        (vec![], vec![3], vec![2, 3], vec![1, 2, 3], vec![1, 2, 3])
+    );
 }
 
 #[test]
