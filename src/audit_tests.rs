@@ -1,10 +1,7 @@
 //! One round of the audit, with whatever can happen between its reading and its verdict. The node has no line: the tests
 //! apply messages and fences by hand.
 
-use tokio::{
-    sync::{Notify, oneshot},
-    task::JoinHandle,
-};
+use tokio::{sync::Notify, task::JoinHandle, time::timeout};
 use uuid::Uuid;
 
 use super::*;
@@ -20,7 +17,7 @@ use crate::{
     host::Process,
     postgres::server::Postgres,
     source::{Digesting, Digests, Loading, Stamp},
-    stats::Audits,
+    stats::{Audits, SAMPLED},
     status::Events,
     store::{Asked, Limits, Origin, Runner},
     tables::{Member, Trust},
@@ -58,6 +55,9 @@ impl Source<i64, u8> for Scripted {
     }
 }
 
+/// For what is never waited for, unless something is broken.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 struct World {
     store: Arc<Store<i64, u8>>,
     source: Arc<Scripted>,
@@ -67,7 +67,8 @@ struct World {
 
 /// A node that is coherent, and holds version 1 of row 1, which has just been served.
 fn world(hashed: Option<Hashed<i64>>) -> World {
-    let config = Config::from_url("postgres://nobody@localhost:1/nowhere").expect("a URL");
+    let mut config = Config::from_url("postgres://nobody@localhost:1/nowhere").expect("a URL");
+    config.beat = Duration::from_millis(1);
     let shared = Shared::new(config.clone(), Arc::new(Postgres::new(config)), Arc::new(Process));
     let store = Store::new(10, Limits { runners_max: 1, batch_max: 10 }, hashed).audited(true);
     let store = Arc::new(store);
@@ -77,7 +78,10 @@ fn world(hashed: Option<Hashed<i64>>) -> World {
     world.fence();
     world.publish(1);
     world.store.open_seats(1);
-    while world.store.lookup(&1).is_some() && world.store.has_seats() {}
+    for _ in 0..100 * SAMPLED {
+        world.store.lookup(&1).expect("held");
+    }
+    assert!(!world.store.has_seats(), "one was taken");
     world
 }
 
@@ -117,14 +121,12 @@ impl World {
         let (source, shared) = (Arc::clone(&self.source) as _, Arc::clone(&self.shared));
         let auditor = Auditor { source, shared, name: TABLE.into(), alarms: Throttle::default() };
         let store = Arc::clone(&self.store);
-        let (ended, mut end) = oneshot::channel();
-        let round: JoinHandle<()> = tokio::spawn(async move {
-            auditor.round(&store).await;
-            let _ = ended.send(());
-        });
-        self.source.asked.notified().await;
+        let round: JoinHandle<()> = tokio::spawn(async move { auditor.round(&store).await });
+        timeout(PATIENCE, self.source.asked.notified()).await.expect("the row is read again");
         meanwhile();
-        while end.try_recv().is_err() {
+        let end = clock::now() + PATIENCE;
+        while !round.is_finished() {
+            assert!(clock::now() < end, "the round waits for more than fences");
             self.fence();
             tokio::task::yield_now().await;
         }
@@ -202,7 +204,7 @@ async fn what_nobody_told_is_found_counted_told_and_forgotten() {
         assert_eq!((audits.audited, audits.incoherent, audits.within_hour), (1, 1, 1), "{audits:?}");
         assert!(world.store.peek(&1).is_none(), "forgotten");
         let told = loop {
-            let event = world.events.recv().await.expect("the node lives");
+            let event = timeout(PATIENCE, world.events.recv()).await.expect("is told").expect("the node lives");
             if let Event::Incoherent { table, key, age } = event {
                 break (table, key, age.as_secs());
             }

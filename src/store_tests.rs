@@ -1,6 +1,10 @@
 //! The store step by step, one thread at a time. What threads do to each other is in `store_shuttle.rs`.
 
-use std::time::Duration;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::atomic::AtomicBool,
+    time::Duration,
+};
 
 use super::*;
 use crate::{change::Rows, gate::Words, hashed::Secret, stats::SAMPLED};
@@ -305,6 +309,55 @@ fn waiting_keys_go_out_together_within_the_limits() {
     assert!(none.is_empty(), "no more than two queries at a time");
     runners[0].finish([Ok(None), Ok(None), Ok(None)], OURS);
     assert_eq!(runners[0].take(), Some(&[7, 8][..]));
+}
+
+#[test]
+fn runners_come_and_go() {
+    let fixture = fixture();
+    for key in 0..10 {
+        let (_wait, mut runners) = fixture.ask(&[key]);
+        assert_eq!(runners.len(), 1, "the one before has retired");
+        runners[0].take();
+        runners[0].finish([Ok(None)], OURS);
+        assert_eq!(runners[0].take(), None);
+    }
+}
+
+#[test]
+fn a_message_forgets_the_keys_that_it_names_and_a_key_of_another_type_is_not_understood() {
+    let fixture = fixture();
+    let (_wait, mut runners) = fixture.ask(&[1, 2]);
+    runners[0].take();
+    runners[0].finish([Ok(Some("ada")), Ok(Some("bob"))], OURS);
+    let tell = |part| Member::invalidate(&*fixture.store, &[RowKey::new(&[part])]);
+    assert!(tell(KeyPart::Int(1)) && tell(KeyPart::Int(7)));
+    assert_eq!((fixture.held(1), fixture.held(2)), (None, Some(Some("bob"))));
+    assert!(!tell(KeyPart::Text("2".into())));
+}
+
+#[test]
+fn a_value_that_panics_when_it_is_dropped_does_not_end_reclaiming() {
+    /// Panics the first time.
+    struct Bomb(AtomicBool);
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            assert!(!self.0.swap(false, std::sync::atomic::Ordering::Relaxed), "the bomb went off");
+        }
+    }
+
+    let store: Arc<Store<i64, Bomb>> = Arc::new(Store::new(100, Limits { runners_max: 1, batch_max: 1 }, None));
+    let mut words = Words::default();
+    store.show(words.fresh(true), Before::Forgotten);
+    let mut wanted = Vec::new();
+    store.ask(&1, Join::Running, &mut wanted);
+    let mut runners = store.enqueue(wanted);
+    runners[0].take();
+    runners[0].finish([Ok(Some(Bomb(AtomicBool::new(true))))], OURS);
+    store.show(words.fresh(true), Before::Forgotten);
+    assert!(store.wants_reclaim());
+    catch_unwind(AssertUnwindSafe(|| store.reclaim())).expect_err("the bomb");
+    assert!(store.wants_reclaim(), "nobody is at it any more");
 }
 
 #[test]

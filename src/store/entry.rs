@@ -106,3 +106,28 @@ impl<V: PartialEq> PartialEq for Cached<V> {
 }
 
 impl<V: Eq> Eq for Cached<V> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gate::Words;
+
+    #[test]
+    fn x24_what_was_loaded_later_or_in_another_epoch_is_not_within() {
+        let mut words = Words::default();
+        let [word, other] = [true, true].map(|coherent| words.fresh(coherent));
+        let entry = Entry::new(word, 7, Some("ada"));
+        assert_eq!([6, 7, 8].map(|lsn| entry.is_within(word, lsn)), [false, true, true]);
+        assert!(!entry.is_within(other, 7));
+    }
+
+    #[test]
+    fn a_row_is_handed_out_as_what_it_is() {
+        let [ada, bob] = ["ada", "bob"].map(|name| Cached::loaded(Some(name)).expect("a row"));
+        assert_eq!((*ada, ada.len(), format!("{ada:?}").as_str()), ("ada", 3, "\"ada\""));
+        assert!(ada == ada.clone() && ada != bob);
+        assert!(Cached::loaded(None::<&str>).is_none());
+        let audited = Entry { digest: Digest::ABSENT, ..Entry::new(Word::default(), 7, None::<&str>) };
+        assert_eq!((audited.digest(), audited.lsn()), (Digest::ABSENT, 7));
+    }
+}
