@@ -34,6 +34,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use run::Size;
 use scenarios::{SCENARIOS, Scenario};
 
 const HELP: &str = "\
@@ -64,6 +65,9 @@ pub(super) struct Model {
     /// Larger bounds.
     #[arg(long)]
     deep: bool,
+    /// Gives a scenario up when it has generated so many states. A million takes about half a gigabyte of memory.
+    #[arg(long, value_name = "STATES", default_value_t = 24_000_000)]
+    generated_max: usize,
     /// Prints the table for docs/model.md.
     #[arg(long)]
     markdown: bool,
@@ -72,9 +76,10 @@ pub(super) struct Model {
 impl Model {
     /// Runs the scenarios. To be called where it may block.
     pub(super) fn run(&self) -> Result<ExitCode> {
+        let size = Size { deep: self.deep, generated_max: self.generated_max };
         if let Some(name) = &self.show {
             let scenario = find(name)?;
-            let outcome = run::run(scenario, self.deep, |_| {});
+            let outcome = run::run(scenario, size, |_| {});
             println!("{}", story::tell(scenario, &outcome));
             return Ok(code(outcome.good));
         }
@@ -82,7 +87,7 @@ impl Model {
             [] => SCENARIOS.iter().collect(),
             names => names.iter().map(|name| find(name)).collect::<Result<_>>()?,
         };
-        Ok(code(report::table(&chosen, self.deep, self.markdown)))
+        Ok(code(report::table(&chosen, size, self.markdown)))
     }
 }
 

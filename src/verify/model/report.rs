@@ -3,12 +3,12 @@
 use std::{cell::Cell, io::Write as _, time::Instant};
 
 use super::{
-    run::{Outcome, run},
+    run::{Outcome, Size, run},
     scenarios::{Expect, Scenario},
 };
 
 /// Runs the scenarios, and prints a row for each as it ends. Returns whether all came out as expected.
-pub(super) fn table(scenarios: &[&Scenario], deep: bool, markdown: bool) -> bool {
+pub(super) fn table(scenarios: &[&Scenario], size: Size, markdown: bool) -> bool {
     let mut out = std::io::stdout();
     // Who reads our output may have seen enough.
     let mut say = |line: &str| drop(writeln!(out, "{line}").and_then(|()| out.flush()));
@@ -22,17 +22,18 @@ pub(super) fn table(scenarios: &[&Scenario], deep: bool, markdown: bool) -> bool
         ));
     }
     let began = Instant::now();
-    let (mut states, mut generated, mut bad) = (0, 0, Vec::new());
+    let (mut states, mut generated, mut stopped, mut bad) = (0, 0, 0, Vec::new());
     for scenario in scenarios {
         let said = Cell::new(Instant::now());
-        let outcome = run(scenario, deep, |states| {
-            if deep && said.get().elapsed().as_secs() >= 10 {
+        let outcome = run(scenario, size, |states| {
+            if size.deep && said.get().elapsed().as_secs() >= 10 {
                 eprintln!("{}: {} states", scenario.name, grouped(states));
                 said.set(Instant::now());
             }
         });
         say(&if markdown { markdown_row(scenario, &outcome) } else { row(scenario, &outcome) });
         (states, generated) = (states + outcome.states, generated + outcome.generated);
+        stopped += usize::from(outcome.stopped);
         if !outcome.good {
             bad.push(scenario.name);
         }
@@ -47,6 +48,12 @@ pub(super) fn table(scenarios: &[&Scenario], deep: bool, markdown: bool) -> bool
         grouped(generated),
         if markdown { ".".into() } else { format!(", {:.1} s", began.elapsed().as_secs_f64()) }
     ));
+    if stopped > 0 {
+        say(&format!(
+            "{stopped} of them given up at {} generated states: what they show, they show so far (`--generated-max`)",
+            grouped(size.generated_max)
+        ));
+    }
     if !bad.is_empty() {
         say(&format!("NOT AS EXPECTED: {} (`--show NAME` tells how)", bad.join(", ")));
     }
@@ -93,6 +100,7 @@ pub(super) fn what(scenario: &Scenario) -> String {
 /// `holds`, or what was violated; and what was expected, if that is something else.
 pub(super) fn came_out(scenario: &Scenario, outcome: &Outcome) -> String {
     let text = match &outcome.violated {
+        None if outcome.stopped => "holds so far".into(),
         None if outcome.missing.is_empty() => "holds".into(),
         None => format!("HOLDS VACUOUSLY: never {:?}", outcome.missing),
         Some((property, _)) => format!("violated: {}", property.name()),

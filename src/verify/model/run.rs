@@ -32,15 +32,26 @@ pub(super) struct Outcome {
     pub(super) time: Duration,
     /// What did not hold, and how it came to that.
     pub(super) violated: Option<(Property, Way)>,
+    /// Given up before all was looked at.
+    pub(super) stopped: bool,
     /// What was to be reached and was not.
     pub(super) missing: Vec<Fact>,
-    /// As expected.
+    /// As expected, as far as it was looked at.
     pub(super) good: bool,
 }
 
-/// Looks at all states within the bounds; or until one is found that breaks a property.
-pub(super) fn run(scenario: &Scenario, deep: bool, progress: impl Fn(usize)) -> Outcome {
-    let setup = if deep { scenario.deep } else { scenario.short };
+/// How large a run may become.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Size {
+    /// The larger ones of a scenario's bounds.
+    pub(super) deep: bool,
+    /// States that are generated before it is given up.
+    pub(super) generated_max: usize,
+}
+
+/// Looks at all states within the bounds; or until one is found that breaks a property, or it becomes too large.
+pub(super) fn run(scenario: &Scenario, size: Size, progress: impl Fn(usize)) -> Outcome {
+    let setup = if size.deep { scenario.deep } else { scenario.short };
     let watched = match scenario.expect {
         Expect::Violates(property) => Some(property),
         Expect::Holds(_) => None,
@@ -48,7 +59,8 @@ pub(super) fn run(scenario: &Scenario, deep: bool, progress: impl Fn(usize)) -> 
     let facts = Arc::new(AtomicU32::new(0));
     let protocol = Protocol { setup, rules: Rules(scenario.off), watched, facts: Arc::clone(&facts) };
     let start = Instant::now();
-    let mut checker = protocol.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs();
+    let search = protocol.checker().finish_when(HasDiscoveries::AnyFailures);
+    let mut checker = search.target_state_count(size.generated_max).spawn_bfs();
     for handle in checker.handles() {
         while !handle.is_finished() {
             std::thread::park_timeout(Duration::from_millis(5));
@@ -66,8 +78,9 @@ pub(super) fn run(scenario: &Scenario, deep: bool, progress: impl Fn(usize)) -> 
         Expect::Holds(wanted) => wanted.iter().copied().filter(|fact| facts >> *fact as u32 & 1 == 0).collect(),
         Expect::Violates(_) => Vec::new(),
     };
+    let stopped = violated.is_none() && checker.state_count() >= size.generated_max;
     let good = match scenario.expect {
-        Expect::Holds(_) => violated.is_none() && missing.is_empty(),
+        Expect::Holds(_) => violated.is_none() && (stopped || missing.is_empty()),
         Expect::Violates(property) => violated.as_ref().is_some_and(|(found, _)| *found == property),
     };
     Outcome {
@@ -77,6 +90,7 @@ pub(super) fn run(scenario: &Scenario, deep: bool, progress: impl Fn(usize)) -> 
         depth: checker.max_depth().saturating_sub(1),
         time: start.elapsed(),
         violated,
+        stopped,
         missing,
         good,
     }

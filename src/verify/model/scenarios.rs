@@ -93,7 +93,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "loads, joins, invalidations and evictions of one key",
         [
             Setup { writers: &[A, A, A], asks: 4, ..SMALL },
-            Setup { writers: &[A, A, A, A], asks: 5, direct: 1, begin_step: true, signal_step: true, ..SMALL },
+            Setup { writers: &[A, A, A, A], asks: 5, ..SMALL },
         ],
         &[Fact::HitNewest, Fact::Voided, Fact::Again, Fact::Joined],
     ),

@@ -1,7 +1,8 @@
 //! The scenarios that a debug build looks through within seconds.
 
 use super::{
-    run::run,
+    report,
+    run::{Size, run},
     scenarios::{Expect, SCENARIOS, Scenario},
     story,
 };
@@ -27,10 +28,12 @@ fn is_tiny(scenario: &Scenario) -> bool {
     of_loads || broken.contains(&scenario.name)
 }
 
+const SHORT: Size = Size { deep: false, generated_max: 24_000_000 };
+
 #[test]
 fn small_scenarios_come_out_as_expected() {
     for scenario in SCENARIOS.iter().filter(|scenario| is_tiny(scenario)) {
-        let outcome = run(scenario, false, |_| {});
+        let outcome = run(scenario, SHORT, |_| {});
         let missing = &outcome.missing;
         assert!(outcome.good, "{}: {missing:?}\n{}", scenario.name, story::tell(scenario, &outcome));
     }
@@ -41,23 +44,23 @@ fn a_scenario_that_holds_vacuously_fails() {
     let loads = SCENARIOS.iter().find(|scenario| scenario.name == "loads").expect("a scenario");
     let mut nothing_happens = *loads;
     nothing_happens.short.asks = 1;
-    let outcome = run(&nothing_happens, false, |_| {});
+    let outcome = run(&nothing_happens, SHORT, |_| {});
     assert!(outcome.violated.is_none() && !outcome.missing.is_empty() && !outcome.good);
 }
 
 #[test]
 fn an_unexpected_outcome_fails() {
     let broken = SCENARIOS.iter().find(|scenario| scenario.name == "no-void").expect("a scenario");
-    let outcome = run(&Scenario { expect: Expect::Holds(&[]), ..*broken }, false, |_| {});
+    let outcome = run(&Scenario { expect: Expect::Holds(&[]), ..*broken }, SHORT, |_| {});
     assert!(!outcome.good, "a property is broken that was to hold");
-    let outcome = run(&Scenario { off: &[], ..*broken }, false, |_| {});
+    let outcome = run(&Scenario { off: &[], ..*broken }, SHORT, |_| {});
     assert!(!outcome.good, "nothing is broken, and something was to be");
 }
 
 #[test]
 fn a_counterexample_is_a_story() {
     let broken = SCENARIOS.iter().find(|scenario| scenario.name == "no-void").expect("a scenario");
-    let story = story::tell(broken, &run(broken, false, |_| {}));
+    let story = story::tell(broken, &run(broken, SHORT, |_| {}));
     assert!(story.contains("W1 writes a = v1") && story.contains("Row a is v1; the node holds v0."), "{story}");
 }
 
@@ -66,4 +69,12 @@ fn every_scenario_has_a_name_of_its_own() {
     for (n, scenario) in SCENARIOS.iter().enumerate() {
         assert!(SCENARIOS[..n].iter().all(|before| before.name != scenario.name), "{}", scenario.name);
     }
+}
+
+#[test]
+fn a_run_that_is_given_up_does_not_pass_for_a_whole_one() {
+    let all = SCENARIOS.iter().find(|scenario| scenario.name == "loads").expect("there is one");
+    let outcome = run(all, Size { generated_max: 1000, ..SHORT }, |_| {});
+    assert!(outcome.stopped && outcome.good && outcome.states < 10_000);
+    assert_eq!(report::came_out(all, &outcome), "holds so far");
 }
