@@ -45,7 +45,7 @@ Examples:
   rowcache-verify model                        all scenarios, in about a minute
   rowcache-verify model --scenario overlapping one of them
   rowcache-verify model --show overlapping     its counterexample, as a story
-  rowcache-verify model --deep                 larger bounds: up to an hour, and several GB of memory
+  rowcache-verify model --deep                 larger bounds: half an hour, up to 12 GB of memory
 
 Exit code: 0 if all came out as they should, 1 if not.";
 

@@ -18,7 +18,7 @@ use table::{Catcher, MUTANTS, Mutant};
 
 pub(super) const HELP: &str = "\
 Examples:
-  rowcache-verify mutants                        all of them, which takes an hour
+  rowcache-verify mutants                        all of them, which takes up to an hour
   rowcache-verify mutants ticket lease           these
   rowcache-verify mutants --list                 what there is
   rowcache-verify mutants --markdown > docs/mutants.md
