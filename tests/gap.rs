@@ -107,7 +107,7 @@ pg_test! {
         // A server that has no identity yet, and then one that has: a node has started there.
         for (held, asked) in [(1, 2), (3, 4)] {
             if held == 3 {
-                Node::start(hasty(&twin.url)).await.expect("starts").shutdown().await;
+                Node::connect(&twin.url).await.expect("starts").shutdown().await;
             }
             name(&users, held).await;
             proxy.retarget(twin.port);

@@ -97,7 +97,7 @@ pg_test! {
         // A server without an identity, and then one that has been given one by a node of its own.
         for has_identity in [false, true] {
             if has_identity {
-                Node::start(hasty(&one.url)).await.expect("starts").shutdown().await;
+                Node::connect(&one.url).await.expect("starts").shutdown().await;
             }
             let mut config = hasty(&one.url);
             config.listener = hasty(&other.url).listener;
