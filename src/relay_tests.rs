@@ -102,7 +102,8 @@ fn the_spare_covers_when_the_primary_has_received_the_fence_and_not_when_the_spa
 #[test]
 fn what_is_kept_is_bounded_to_the_byte() {
     let each = "m1".len() + size_of::<Item>();
-    for (messages, handed) in [(2, vec![message(1), message(2)]), (3, vec![Item::Overflow])] {
+    let in_time = vec![message(1), fence(1), message(2)];
+    for (messages, handed) in [(2, in_time), (3, vec![Item::Overflow, fence(1), Item::Overflow])] {
         let mut relay = Relay::new(2 * each);
         let (primary, spare) = (relay.next_id(), relay.next_id());
         relay.lead(primary, LEFT);
@@ -110,7 +111,10 @@ fn what_is_kept_is_bounded_to_the_byte() {
         relay.fence_sent(uuid(0), at(0));
         relay.received(spare, fence(0));
         relay.received(primary, fence(0));
-        for n in 1..=messages {
+        relay.fence_sent(uuid(1), at(1));
+        relay.received(spare, message(1));
+        relay.received(spare, fence(1));
+        for n in 2..=messages {
             relay.received(spare, message(n));
         }
         assert_eq!(handed_over(&mut relay, primary), handed);

@@ -45,7 +45,7 @@ Examples:
   rowcache-verify model                        all scenarios, in about a minute
   rowcache-verify model --scenario overlapping one of them
   rowcache-verify model --show overlapping     its counterexample, as a story
-  rowcache-verify model --deep                 larger bounds: half an hour, up to 12 GB of memory
+  rowcache-verify model --deep                 larger bounds: half an hour, up to 14 GB of memory
 
 Exit code: 0 if all came out as they should, 1 if not.";
 
@@ -65,7 +65,7 @@ pub(super) struct Model {
     /// Larger bounds.
     #[arg(long)]
     deep: bool,
-    /// Gives a scenario up when it has generated so many states. A million takes about half a gigabyte of memory.
+    /// Gives a scenario up when it has generated so many states. A million takes about half a gigabyte.
     #[arg(long, value_name = "STATES", default_value_t = 24_000_000)]
     generated_max: usize,
     /// Prints the table for docs/model.md.

@@ -91,10 +91,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "loads",
         "I1 I2",
         "loads, joins, invalidations and evictions of one key",
-        [
-            Setup { writers: &[A, A, A], asks: 4, ..SMALL },
-            Setup { writers: &[A, A, A, A], asks: 5, ..SMALL },
-        ],
+        [Setup { writers: &[A, A, A], asks: 4, ..SMALL }, Setup { writers: &[A, A, A, A], asks: 5, ..SMALL }],
         &[Fact::HitNewest, Fact::Voided, Fact::Again, Fact::Joined],
     ),
     holds(
