@@ -98,7 +98,7 @@ mod tests {
         let id = |high: u64, low: u64, started| {
             incarnation_id(Incarnation { canary: uuid::Uuid::from_u64_pair(high, low), started })
         };
-        assert_eq!(id(0b1100, 0b1010, 0b1001), 0b1111);
+        assert_eq!(id(0b1100, 0b1010, 0b1101), 0b1011);
         assert_ne!(id(7, 1, 5), id(7, 1, 6), "started again");
         assert_eq!(Token { incarnation: 7, xid: 751 }.xid(), 751);
     }
