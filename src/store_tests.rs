@@ -43,6 +43,15 @@ impl Fixture {
         (waits, self.store.enqueue(wanted))
     }
 
+    /// Loads these rows, and keeps them.
+    fn hold(&self, rows: &[(i64, Option<&'static str>)]) {
+        let (_waits, mut runners) = self.ask(&rows.iter().map(|(key, _)| *key).collect::<Vec<_>>());
+        let runner = &mut runners[0];
+        runner.take();
+        runner.finish(rows.iter().map(|(_, row)| Ok(*row)), OURS);
+        assert_eq!(runner.take(), None);
+    }
+
     fn held(&self, key: i64) -> Option<Option<&'static str>> {
         self.store.peek(&key).map(|entry| entry.value)
     }
@@ -86,9 +95,7 @@ fn a_load_answers_all_who_joined_and_is_published() {
 #[test]
 fn what_each_look_tells_and_counts() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada"))], OURS);
+    fixture.hold(&[(1, Some("ada"))]);
     let word = fixture.store.word();
     assert!(fixture.store.is_coherent() && word.is_coherent());
     let looks = |store: &Users| [store.lookup_unaudited(&1), store.peek_used(&1), store.peek(&1)];
@@ -117,9 +124,7 @@ fn an_entry_is_as_old_as_its_load() {
 #[test]
 fn after_a_gap_the_keys_that_were_used_most_come_first() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1, 2, 3]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada")), Ok(Some("bob")), Ok(None)], OURS);
+    fixture.hold(&[(1, Some("ada")), (2, Some("bob")), (3, None)]);
     for (key, hits) in [(3, 8), (2, 4)] {
         for _ in 0..hits * SAMPLED {
             fixture.store.lookup(&key);
@@ -200,9 +205,7 @@ fn x8_a_load_that_began_before_a_clear_is_not_published_after_it() {
 #[test]
 fn a_clear_forgets_what_is_held_at_once() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1, 2]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada")), Ok(None)], OURS);
+    fixture.hold(&[(1, Some("ada")), (2, None)]);
     fixture.turn(true);
     assert_eq!((fixture.held(1), fixture.held(2)), (None, None));
     assert!(fixture.store.lookup(&1).is_none());
@@ -211,13 +214,9 @@ fn a_clear_forgets_what_is_held_at_once() {
 #[test]
 fn reclaiming_frees_what_a_clear_left_and_nothing_loaded_since() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1, 2]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("old")), Ok(Some("old"))], OURS);
+    fixture.hold(&[(1, Some("old")), (2, Some("old"))]);
     fixture.turn(true);
-    let (_wait, _) = fixture.ask(&[1]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("new"))], OURS);
+    fixture.hold(&[(1, Some("new"))]);
     assert_eq!(fixture.store.len(), 2);
     fixture.store.reclaim();
     assert_eq!(fixture.store.len(), 1);
@@ -227,10 +226,7 @@ fn reclaiming_frees_what_a_clear_left_and_nothing_loaded_since() {
 #[test]
 fn nothing_is_cached_or_served_while_not_coherent() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada"))], OURS);
-    runners[0].take();
+    fixture.hold(&[(1, Some("ada"))]);
     fixture.turn(false);
     assert_eq!(fixture.held(1), None);
     let (mut first, mut runners) = fixture.ask(&[1]);
@@ -326,9 +322,7 @@ fn runners_come_and_go() {
 #[test]
 fn a_message_forgets_the_keys_that_it_names_and_a_key_of_another_type_is_not_understood() {
     let fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1, 2]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada")), Ok(Some("bob"))], OURS);
+    fixture.hold(&[(1, Some("ada")), (2, Some("bob"))]);
     let tell = |part| Member::invalidate(&*fixture.store, &[RowKey::new(&[part])]);
     assert!(tell(KeyPart::Int(1)) && tell(KeyPart::Int(7)));
     assert_eq!((fixture.held(1), fixture.held(2)), (None, Some(Some("bob"))));
@@ -363,9 +357,7 @@ fn a_value_that_panics_when_it_is_dropped_does_not_end_reclaiming() {
 #[test]
 fn a_gap_puts_entries_out_of_service_and_only_those_who_ask_for_old_ones_get_them() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1, 2]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada")), Ok(None)], OURS);
+    fixture.hold(&[(1, Some("ada")), (2, None)]);
     let gap = fixture.words.fresh(false);
     fixture.store.show(gap, Before::Stale);
     assert!(fixture.store.lookup(&1).is_none() && fixture.store.peek(&1).is_none());
@@ -391,9 +383,7 @@ fn a_gap_puts_entries_out_of_service_and_only_those_who_ask_for_old_ones_get_the
 #[test]
 fn what_is_cleared_is_not_even_old() {
     let mut fixture = fixture();
-    let (_wait, mut runners) = fixture.ask(&[1]);
-    runners[0].take();
-    runners[0].finish([Ok(Some("ada"))], OURS);
+    fixture.hold(&[(1, Some("ada"))]);
     let gap = fixture.words.fresh(false);
     fixture.store.show(gap, Before::Stale);
     fixture.turn(false);
