@@ -1,11 +1,18 @@
 //! Any text as a message. The oracle is a second reader of the grammar (`src/change.rs`), made from untyped JSON:
 //! what is in the grammar is read as what it says; what is not makes a node forget the table that it names, or all.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use rowcache::{
     Change, KeyPart, RowKey, Rows,
     fuzzing::{self, Parsed, parse, to_payload},
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Value};
 
@@ -103,27 +110,66 @@ fn key(value: &Value) -> Option<RowKey> {
     }
 }
 
-/// Whether a name stands twice in the object, also further down.
+/// Whether a name stands twice in an object, the outer one or one further down.
 fn names_repeat(payload: &str) -> bool {
-    struct Names;
+    serde_json::from_str::<Repeats>(payload).is_ok_and(|it| it.0)
+}
 
-    impl<'de> serde::de::Visitor<'de> for Names {
-        type Value = bool;
+/// Any JSON: whether a name stands twice in one of its objects.
+struct Repeats(bool);
 
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("an object")
-        }
+impl<'de> Deserialize<'de> for Repeats {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
 
-        fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
-            let mut names = std::collections::BTreeSet::new();
-            let mut repeat = false;
-            while let Some((name, _)) = map.next_entry::<String, serde::de::IgnoredAny>()? {
-                repeat |= !names.insert(name);
+        impl<'de> Visitor<'de> for Any {
+            type Value = bool;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("anything")
             }
-            Ok(repeat)
-        }
-    }
 
-    let mut reader = serde_json::Deserializer::from_str(payload);
-    serde::Deserializer::deserialize_map(&mut reader, Names).unwrap_or(false)
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
+                let (mut names, mut repeat) = (BTreeSet::new(), false);
+                while let Some((name, inner)) = map.next_entry::<String, Repeats>()? {
+                    repeat |= !names.insert(name) | inner.0;
+                }
+                Ok(repeat)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<bool, A::Error> {
+                let mut repeat = false;
+                while let Some(inner) = list.next_element::<Repeats>()? {
+                    repeat |= inner.0;
+                }
+                Ok(repeat)
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<bool, E> {
+                Ok(false)
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<bool, E> {
+                Ok(false)
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<bool, E> {
+                Ok(false)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<bool, E> {
+                Ok(false)
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<bool, E> {
+                Ok(false)
+            }
+
+            fn visit_unit<E>(self) -> Result<bool, E> {
+                Ok(false)
+            }
+        }
+
+        deserializer.deserialize_any(Any).map(Self)
+    }
 }
