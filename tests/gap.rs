@@ -105,8 +105,8 @@ pg_test! {
         let users = users(&node).await;
         let mut events = node.subscribe();
         // A server that has no identity yet, and then one that has: a node has started there.
-        for (held, asked) in [(1, 2), (3, 4)] {
-            if held == 3 {
+        for (has_identity, held, asked) in [(false, 1, 2), (true, 3, 4)] {
+            if has_identity {
                 Node::connect(&twin.url).await.expect("starts").shutdown().await;
             }
             name(&users, held).await;

@@ -77,7 +77,8 @@ pg_test! {
     // another one. Whoever compares versions takes the two for the same.
     async fn x5_a_lost_commit_whose_version_comes_again(test: Test) {
         allow_gaps(&test.logs);
-        let (mut server, db) = users_server(test.version,
+        let (mut server, db) = users_server(
+            test.version,
             &[
                 ("fsync", "on"),
                 ("synchronous_commit", "off"),

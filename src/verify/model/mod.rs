@@ -65,7 +65,8 @@ pub(super) struct Model {
     /// Larger bounds.
     #[arg(long)]
     deep: bool,
-    /// Gives a scenario up when it has generated so many states. A million takes about half a gigabyte.
+    /// Gives a scenario up when it has generated so many states: with `--deep` its row says so, without it has failed. A million
+    /// takes about half a gigabyte.
     #[arg(long, value_name = "STATES", default_value_t = 24_000_000)]
     generated_max: usize,
     /// Prints the table for docs/model.md.

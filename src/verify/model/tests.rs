@@ -74,7 +74,9 @@ fn every_scenario_has_a_name_of_its_own() {
 #[test]
 fn a_run_that_is_given_up_does_not_pass_for_a_whole_one() {
     let all = SCENARIOS.iter().find(|scenario| scenario.name == "loads").expect("there is one");
-    let outcome = run(all, Size { generated_max: 1000, ..SHORT }, |_| {});
-    assert!(outcome.stopped && outcome.good && outcome.states < 10_000);
-    assert_eq!(report::came_out(all, &outcome), "holds so far");
+    for (deep, text) in [(false, "holds so far (EXPECTED: holds)"), (true, "holds so far")] {
+        let outcome = run(all, Size { deep, generated_max: 1000 }, |_| {});
+        assert!(outcome.stopped && outcome.good == deep && outcome.states < 10_000);
+        assert_eq!(report::came_out(all, &outcome), text);
+    }
 }
