@@ -37,7 +37,7 @@ drop function if exists rowcache.fingerprints(text[]);
 drop function if exists rowcache.enums(regclass);
 drop view if exists rowcache.tracked;
 drop function if exists rowcache.untrack(regclass);
-drop function if exists rowcache.track(regclass, name[], name[], name[], int, text, boolean);
+drop function if exists rowcache.track(regclass, name[], name[], name[], int, text, boolean, text);
 drop function if exists rowcache.problems(regclass);
 do $$
 begin
@@ -52,6 +52,7 @@ drop table if exists rowcache.tracked_table;
 drop function if exists rowcache.key_secret();
 drop table if exists rowcache.secret;
 drop function if exists rowcache.hmac_pad(bytea, int);
+drop function if exists rowcache.log_insert();
 drop function if exists rowcache.expected_triggers(regclass, text, boolean);
 drop function if exists rowcache.key_text(regclass, name, text);
 drop function if exists rowcache.needs_row_level(regclass);

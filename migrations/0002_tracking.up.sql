@@ -1,5 +1,5 @@
 -- track(), untrack(), and what they make: one trigger function per tracked table, with triggers that name changed rows
--- by key on the channel rowcache.
+-- by key: on the channel rowcache, or in the change log (0004).
 --
 -- The rules the generated code keeps:
 --   * It never fails the writer's statement: messages stay below NOTIFY's 8000 bytes, and where a key cannot be told (a
@@ -89,7 +89,9 @@ create table if not exists rowcache.tracked_table (
   -- The id of the secret with which its keys are hashed; null: keys are sent as they are.
   secret text,
   -- The WHEN condition as Postgres prints it, to see whether somebody has made another.
-  condition text
+  condition text,
+  -- What carries its messages.
+  via text not null check (via in ('notify', 'log'))
 );
 comment on table rowcache.tracked_table is 'What track() was told. Read it through the view rowcache.tracked';
 
@@ -229,6 +231,19 @@ $$;
 comment on function rowcache.key_text(regclass, name, text) is
   'SQL that turns a value of the column (given as SQL) into its canonical JSON; refuses types that have none';
 
+create or replace function rowcache.log_insert() returns text
+  language sql immutable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select $source$    case (pg_current_xact_id()::text::bigint >> 19) % 3
+      when 0 then insert into rowcache.change_log_0 (message) values (message);
+      when 1 then insert into rowcache.change_log_1 (message) values (message);
+      else insert into rowcache.change_log_2 (message) values (message);
+    end case;$source$
+$$;
+comment on function rowcache.log_insert() is
+  'The statement of a trigger that puts `message` into the bin of the change log that is the transaction''s (see 0004)';
+
 create or replace function rowcache.trigger_source(t rowcache.tracked_table) returns text
   language plpgsql stable
   set search_path = pg_catalog, pg_temp
@@ -266,7 +281,21 @@ declare
   statement_keys text;
   statement_chunks text;
   counter text := quote_literal('rowcache.rows_' || t.relation::oid);
+  -- How a message is sent.
+  send text := case t.via when 'notify' then $q$perform pg_notify('rowcache', $q$ else 'perform rowcache.log_change(' end;
+  send_one text := '    ' || send || 'message);';
+  send_all text := '      ' || send || whole_table || ');';
 begin
+  if t.via = 'log' then
+    -- In line, for it is what most statements come to: what rowcache.log_change() does.
+    send_one := rowcache.log_insert();
+    -- NOTIFY drops what a transaction has sent already; the log does not. The setting ends and rolls back like the row.
+    send_all := format($q$      if row_count = %1$s then
+        perform set_config(%2$s, (row_count + 1)::text, true);
+        perform rowcache.log_change(%3$s);
+      end if;$q$, t.max_keys, counter, whole_table);
+  end if;
+
   select
     case when count(*) = 1 then min(k.sql) else $q$'[' || $q$ || string_agg(k.sql, $q$ || ',' || $q$ order by k.position)
       || $q$ || ']'$q$ end
@@ -372,13 +401,13 @@ begin
       select count(*), max(%s), %s into row_count, longest, %s
       from (%s limit %s) r;$source$, row_size, gathered, gathered_into, query, t.max_keys::bigint + 1), position_else order by position),
     string_agg(format($source$
-    perform pg_notify('rowcache', %s || %L || coalesce(string_agg(r.k, ','), '') || %s)
+    %s%s || %L || coalesce(string_agg(r.k, ','), '') || %s)
     from (
       select r.*, sum(%s + %s) over (rows unbounded preceding) / %s as chunk
       from (%s) r
       where not (%s)
     ) r
-    group by r.chunk;$source$, opening, list, ending_of_chunk, row_size, 1 + cardinality(t.columns), chunk_bytes, query,
+    group by r.chunk;$source$, send, opening, list, ending_of_chunk, row_size, 1 + cardinality(t.columns), chunk_bytes, query,
       nothing_in_row), position_else order by position)
     into statement_keys, statement_chunks
   from (
@@ -400,22 +429,22 @@ begin
   message text;
 begin
   if tg_op = 'TRUNCATE' then
-    perform pg_notify('rowcache', %3$s);
+    %12$s%3$s);
     return null;
   end if;
 
   if tg_level = 'ROW' then
     -- A row trigger cannot count the rows of its statement. It counts those of the transaction, in a setting that ends
-    -- and rolls back with it. Beyond the limit all messages are the same one, which Postgres sends once.
+    -- and rolls back with it. Beyond the limit all messages are the same one, which is sent once.
     message := current_setting(%4$s, true);
     row_count := case when message ~ '^[0-9]{1,9}$' then message::int else 0 end;
     if row_count >= %6$s then
-      perform pg_notify('rowcache', %3$s);
+%13$s
       return null;
     end if;
     begin%5$s    exception when others then
       -- Most likely a column was renamed. The writer's statement must not fail for that.
-      perform pg_notify('rowcache', %3$s);
+      %12$s%3$s);
       return null;
     end;
     if %7$s then
@@ -426,13 +455,13 @@ begin
     if octet_length(message) >= 8000 then
       message := %3$s;
     end if;
-    perform pg_notify('rowcache', message);
+%14$s
     return null;
   end if;
 $source$,
     -- A line break in a name must not end the comment.
     translate(t.name, e'\n\r', '  '), declarations, whole_table, counter, row_keys, t.max_keys, nothing, opening, ending,
-    label, list)
+    label, list, send, send_all, send_one)
   || case t.level when 'row' then $source$
   return null;
 end
@@ -442,7 +471,7 @@ $source$ else format($source$
     row_count := %2$s + 1;
   end;
   if row_count > %2$s or longest > %3$s then
-    perform pg_notify('rowcache', %4$s);
+    %11$s%4$s);
     return null;
   end if;
   if %5$s then
@@ -450,7 +479,7 @@ $source$ else format($source$
   end if;
   message := %6$s || %10$L || coalesce(keys, '') || %7$s;
   if octet_length(message) < 8000 then
-    perform pg_notify('rowcache', message);
+%12$s
   else
     -- A chunk ends with the row that passes %8$s bytes.%9$s
   end if;
@@ -458,7 +487,7 @@ $source$ else format($source$
 end
 $source$,
     secret_read || statement_keys, t.max_keys, row_bytes, whole_table, nothing, opening, ending, chunk_bytes,
-    statement_chunks, list)
+    statement_chunks, list, send, send_one)
   end;
 end
 $$;
@@ -513,6 +542,7 @@ as $$
     || case when t.max_keys <> 10000 then format(', max_keys => %s', t.max_keys) else '' end
     || case when t.level = 'row' and not rowcache.needs_row_level(t.relation) then ', level => ''row''' else '' end
     || case when t.secret is not null then ', hash_keys => true' else '' end
+    || case when t.via = 'log' then ', via => ''log''' else '' end
     || ')'
 $$;
 comment on function rowcache.track_call(rowcache.tracked_table) is 'The statement that tracks the table again, as it is tracked now';
@@ -630,7 +660,8 @@ create or replace function rowcache.track(
   ignore name[] default '{}',
   max_keys int default 10000,
   level text default 'auto',
-  hash_keys boolean default false
+  hash_keys boolean default false,
+  via text default 'notify'
 ) returns text
   language plpgsql volatile
   set search_path = pg_catalog, pg_temp
@@ -690,6 +721,14 @@ begin
   if hash_keys is null then
     raise exception 'hash_keys is null, not true or false'
       using errcode = 'invalid_parameter_value', hint = 'The default is false.';
+  end if;
+  if via is null or via not in ('notify', 'log') then
+    raise exception 'via is %, not notify or log', coalesce(quote_literal(via), 'null')
+      using errcode = 'invalid_parameter_value', hint = 'The default is notify.';
+  end if;
+  if via = 'log' and to_regclass('rowcache.change_log') is null then
+    raise exception 'there is no change log in this database'
+      using errcode = 'object_not_in_prerequisite_state', hint = 'Run the migrations up to 0004: rowcache migrate up';
   end if;
   columns := coalesce(columns, '{}');
   ignore := coalesce(ignore, '{}');
@@ -778,7 +817,7 @@ begin
   end if;
 
   wanted := (
-    relation, shown, 'changed_' || relation::oid, key, columns, ignore, max_keys, level, secret, null
+    relation, shown, 'changed_' || relation::oid, key, columns, ignore, max_keys, level, secret, null, via
   )::rowcache.tracked_table;
   -- Refuses types before anything is locked.
   perform rowcache.trigger_source(wanted);
@@ -788,8 +827,8 @@ begin
     select
     from rowcache.tracked_table t
     where t.relation = wanted.relation
-      and (t.name, t.key_columns, t.columns, t.ignored, t.max_keys, t.level)
-        = (wanted.name, wanted.key_columns, wanted.columns, wanted.ignored, wanted.max_keys, wanted.level)
+      and (t.name, t.key_columns, t.columns, t.ignored, t.max_keys, t.level, t.via)
+        = (wanted.name, wanted.key_columns, wanted.columns, wanted.ignored, wanted.max_keys, wanted.level, wanted.via)
       and t.secret is not distinct from wanted.secret
   ) and not exists (select from rowcache.problems(relation)) then
     return shown;
@@ -920,7 +959,7 @@ begin
   return shown;
 end
 $$;
-comment on function rowcache.track(regclass, name[], name[], name[], int, text, boolean) is
+comment on function rowcache.track(regclass, name[], name[], name[], int, text, boolean, text) is
   'Puts triggers on a table and on its partitions or children. Writers wait for it, readers do not. Returns the name that messages have';
 
 create or replace function rowcache.untrack(relation regclass) returns boolean
@@ -973,14 +1012,15 @@ select
   t.max_keys,
   t.level,
   t.secret is not null as hash_keys,
-  array(select rowcache.problems(t.relation)) as problems
+  array(select rowcache.problems(t.relation)) as problems,
+  t.via
 from rowcache.tracked_table t;
 comment on view rowcache.tracked is 'The tracked tables and how. problems: empty if all is well';
 grant select on rowcache.tracked to public;
 
 -- Who tracks a table must own it, and may write here; that is not for everyone.
 revoke execute on function
-  rowcache.track(regclass, name[], name[], name[], int, text, boolean),
+  rowcache.track(regclass, name[], name[], name[], int, text, boolean, text),
   rowcache.untrack(regclass),
   rowcache.key_text(regclass, name, text),
   rowcache.trigger_source(rowcache.tracked_table),

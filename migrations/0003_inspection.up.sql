@@ -94,7 +94,7 @@ comment on function rowcache.fingerprints(text[]) is
 create or replace function rowcache.described(target regclass, asked text)
   returns table (
     relation text, relkind "char", primary_key text[], key_columns text[], key_types text[], columns text[], tracked boolean,
-    problems text[], fingerprint text, secret text
+    problems text[], fingerprint text, secret text, via text
   )
   language plpgsql stable security definer
   set search_path = pg_catalog, pg_temp
@@ -108,7 +108,7 @@ begin
   if not exists (select from pg_class c where c.oid = target) then
     return query select
       null::text, null::"char", null::text[], null::text[], null::text[], '{}'::text[], false,
-      array[format('there is no table %s', asked)], null::text, null::text;
+      array[format('there is no table %s', asked)], null::text, null::text, null::text;
     return;
   end if;
   select x.* into t from rowcache.tracked_table x where x.relation = target;
@@ -128,7 +128,8 @@ begin
     t.relation is not null,
     array(select rowcache.problems(target)),
     (select f.fingerprint from rowcache.fingerprints(array[shown]) f),
-    t.secret;
+    t.secret,
+    t.via;
 end
 $$;
 comment on function rowcache.described(regclass, text) is 'describe(), once the name has been resolved';
@@ -136,7 +137,7 @@ comment on function rowcache.described(regclass, text) is 'describe(), once the 
 create or replace function rowcache.describe(name text)
   returns table (
     relation text, relkind "char", primary_key text[], key_columns text[], key_types text[], columns text[], tracked boolean,
-    problems text[], fingerprint text, secret text
+    problems text[], fingerprint text, secret text, via text
   )
   -- No search_path of its own: a name without a schema means what it means to the caller's queries. Nothing else is
   -- looked up here.
@@ -155,7 +156,7 @@ begin
 end
 $$;
 comment on function rowcache.describe(text) is
-  'One row on a table, also if there is none of that name (relation is null then): its key, whether it is tracked, what is wrong, and the id of the secret that hashes its keys';
+  'One row on a table, also if there is none of that name (relation is null then): its key, whether it is tracked, what is wrong, the id of the secret that hashes its keys, and what carries its messages';
 
 create or replace function rowcache.schema_version() returns int
   language sql immutable

@@ -95,6 +95,7 @@ impl World {
             };
             let mark = Mark { snapshot: "10:10:".parse().expect("a snapshot"), lsn: 7 };
             coherence.fence_checked(fence);
+            coherence.fence_polled(fence, mark.clone());
             coherence.fence_applied(nonce, mark)
         });
     }

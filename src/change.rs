@@ -132,6 +132,19 @@ pub(crate) struct Mark {
     pub(crate) lsn: u64,
 }
 
+impl Mark {
+    /// What both have reached.
+    ///
+    /// 1. A fence asks the server to notify, and polls the log, at the same time. The poll takes its snapshot;
+    /// 2. a writer of a table that is told by way of the log commits;
+    /// 3. the notification is sent, and *its* snapshot sees that commit, which nobody has read.
+    ///
+    /// Or the other way round. So neither of the two says what has been applied.
+    pub(crate) fn common(&self, other: &Self) -> Self {
+        Self { snapshot: self.snapshot.common(&other.snapshot), lsn: self.lsn.min(other.lsn) }
+    }
+}
+
 /// The wire form of all messages. Unknown fields make a message unreadable: a later version may mean more.
 #[derive(Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]

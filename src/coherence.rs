@@ -12,8 +12,9 @@
 //! lease (`coherent_as_of` is when the last applied fence was sent; entries are served for at most
 //! [`Timing::lease`] from then on) and `barrier`.
 //!
-//! A fence counts when it was applied *and* the triggers of all tables were found to be what they were, by a look
-//! that began after it was sent. So whatever is visible at that moment was told, or its table is in doubt.
+//! A fence has three parts, and counts when all of them are done. Its message was applied; what a poll of the change log found
+//! that began after the fence was sent was applied; and the triggers of all tables were found to be what they were, by a look
+//! that began after it was sent. So whatever is visible at that moment was told, one way or the other, or its table is in doubt.
 //!
 //! At most one fence is under way and one is wanted. Who asks for a fence gets one that *starts* later, never
 //! one that is under way already (X9).
@@ -137,8 +138,10 @@ struct UnderWay {
     sent_at: Boot,
     /// The triggers have been looked at since it was sent.
     checked: bool,
-    /// It was applied.
+    /// Its message was applied.
     applied: Option<Mark>,
+    /// What its poll found was applied.
+    polled: Option<Mark>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -195,7 +198,7 @@ impl Coherence {
         self.started += 1;
         self.wanted = self.wanted.max(self.started);
         let fence = Fence { number: self.started, nonce, probe };
-        self.under_way = Some(UnderWay { fence, sent_at: now, checked: false, applied: None });
+        self.under_way = Some(UnderWay { fence, sent_at: now, checked: false, applied: None, polled: None });
         self.last_sent_at = Some(now);
         Some(fence)
     }
@@ -221,11 +224,19 @@ impl Coherence {
         }
     }
 
-    /// A fence was applied: everything before it in the channel has been. Strangers' fences, and those from
+    /// A fence's message was applied: everything before it in the channel has been. Strangers' fences, and those from
     /// before a gap, count for nothing (I5).
     pub(crate) fn fence_applied(&mut self, nonce: Uuid, mark: Mark) -> Vec<Action> {
         if let Some(it) = self.under_way.as_mut().filter(|it| it.fence.nonce == nonce) {
             it.applied = Some(mark);
+        }
+        self.complete()
+    }
+
+    /// All that was in the change log when this fence's poll looked has been applied.
+    pub(crate) fn fence_polled(&mut self, fence: Fence, mark: Mark) -> Vec<Action> {
+        if let Some(it) = self.under_way.as_mut().filter(|it| it.fence == fence) {
+            it.polled = Some(mark);
         }
         self.complete()
     }
@@ -240,13 +251,13 @@ impl Coherence {
     }
 
     fn complete(&mut self) -> Vec<Action> {
-        let Some(UnderWay { fence, sent_at, applied: Some(mark), .. }) =
-            self.under_way.take_if(|it| it.checked && it.applied.is_some())
+        let Some(UnderWay { fence, sent_at, applied: Some(told), polled: Some(read), .. }) =
+            self.under_way.take_if(|it| it.checked && it.applied.is_some() && it.polled.is_some())
         else {
             return Vec::new();
         };
         self.coherent_as_of = Some(sent_at);
-        self.mark = Some(mark);
+        self.mark = Some(told.common(&read));
         let mut actions = Vec::new();
         if matches!(self.line, Line::Probing { .. }) {
             self.line = Line::Up;
@@ -255,6 +266,12 @@ impl Coherence {
         // After the gates have moved: entries from before the gap must not pass for as fresh as this.
         actions.extend([Action::Advance, Action::Release(fence.number)]);
         actions
+    }
+
+    /// The fence that has been sent, and does not count yet.
+    #[cfg(feature = "verify")]
+    pub(crate) fn under_way(&self) -> Option<Fence> {
+        self.under_way.as_ref().map(|it| it.fence)
     }
 
     /// Asks for a fence that starts after this call. Returns its number, or why none can come back now.
@@ -373,9 +390,10 @@ mod tests {
         Mark { snapshot: "10:10:".parse().expect("a snapshot"), lsn: 7 }
     }
 
-    /// The fence comes back, and the triggers are as they were.
+    /// The fence comes back, the log was read, and the triggers are as they were.
     fn back(node: &mut Coherence, fence: Fence) -> Vec<Action> {
         assert_eq!(node.fence_checked(fence), [], "not applied yet");
+        assert_eq!(node.fence_polled(fence, mark()), [], "not applied yet");
         node.fence_applied(fence.nonce, mark())
     }
 
@@ -458,18 +476,54 @@ mod tests {
     }
 
     #[test]
-    fn a_fence_counts_when_it_was_applied_and_the_triggers_were_looked_at() {
+    fn a_fence_counts_when_it_was_applied_and_polled_and_the_triggers_were_looked_at() {
         let mut node = up();
-        let beat = fence(&mut node, at(1.0));
-        assert_eq!(node.fence_applied(beat.nonce, mark()), [], "what a trigger did not tell is not known yet");
-        assert_eq!(node.coherent_as_of(), Some(at(0.0)));
-        assert_eq!(node.fence_checked(beat), [Action::Advance, Action::Release(beat.number)]);
-        assert_eq!(node.coherent_as_of(), Some(at(1.0)));
-        let late = fence(&mut node, at(2.0));
+        for (n, order) in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]].iter().enumerate() {
+            let now = 1.0 + f64::from(u8::try_from(n).expect("few"));
+            let beat = fence(&mut node, at(now));
+            let outcomes = order.map(|part| match part {
+                0 => node.fence_applied(beat.nonce, mark()),
+                1 => node.fence_polled(beat, mark()),
+                _ => node.fence_checked(beat),
+            });
+            let whole = vec![Action::Advance, Action::Release(beat.number)];
+            assert_eq!(outcomes, [vec![], vec![], whole], "{order:?}: what one way did not tell another one may");
+            assert_eq!(node.coherent_as_of(), Some(at(now)));
+        }
+        let late = fence(&mut node, at(7.0));
         node.fence_applied(late.nonce, mark());
-        assert_eq!(node.tick(at(5.1)), [Action::Close], "a look that takes too long is as bad as a late fence");
+        node.fence_polled(late, mark());
+        assert_eq!(node.coherent_as_of(), Some(at(6.0)));
+        assert_eq!(node.tick(at(10.1)), [Action::Close], "a look that takes too long is as bad as a late fence");
         assert_eq!(node.mark(), None);
-        assert_eq!(node.coherent_as_of(), Some(at(1.0)), "so old is what was held");
+        assert_eq!(node.coherent_as_of(), Some(at(6.0)), "so old is what was held");
+    }
+
+    #[test]
+    fn what_a_fence_saw_is_what_both_its_message_and_its_poll_saw() {
+        let seen = |text: &str, lsn| Mark { snapshot: text.parse().expect("a snapshot"), lsn };
+        for (told, read) in [("7:9:7", "7:8:"), ("7:8:", "7:9:7")] {
+            let mut node = up();
+            let beat = fence(&mut node, at(1.0));
+            node.fence_checked(beat);
+            node.fence_applied(beat.nonce, seen(told, 5));
+            node.fence_polled(beat, seen(read, 6));
+            let mark = node.mark().expect("it counts");
+            assert_eq!((mark.lsn, mark.snapshot.sees(6), mark.snapshot.sees(7)), (5, true, false));
+            assert!(!mark.snapshot.sees(8), "one of the two did not see it");
+        }
+    }
+
+    #[test]
+    fn polls_of_other_fences_count_for_nothing() {
+        let mut node = up();
+        let lost = fence(&mut node, at(1.0));
+        node.fence_not_sent(lost);
+        let beat = fence(&mut node, at(1.1));
+        node.fence_checked(beat);
+        node.fence_applied(beat.nonce, mark());
+        assert_eq!(node.fence_polled(lost, mark()), []);
+        assert_eq!(node.coherent_as_of(), Some(at(0.0)));
     }
 
     #[test]

@@ -69,6 +69,16 @@ pub struct Config {
     /// memory, where a gap costs one reading of each row.
     pub redundant_listener: bool,
 
+    /// Whether this node hears NOTIFY. Without, it has no LISTEN connection, and caches only tables that are tracked by way of
+    /// the change log (`rowcache track --via log`). Then a pooler in transaction mode may stand in between, and all of it may
+    /// be a hot standby: nothing is older than the standby itself was when it was last asked. Default `true`.
+    pub listen: bool,
+    /// While changes arrive by way of the change log, it is polled this long after the last poll. Default 5 ms.
+    pub poll_min: Duration,
+    /// While none arrive, the pause between two polls grows up to this; a change may be noticed as late as that. Only nodes
+    /// that have such tables open poll more often than once a [`beat`](Self::beat). Default 50 ms.
+    pub poll_max: Duration,
+
     /// SQL statements that load rows at the same time, all tables together. At least 1. Default 4: each takes
     /// whatever has queued up meanwhile, so more statements mean smaller ones, not more rows.
     pub loads_max: usize,
@@ -120,6 +130,9 @@ impl Config {
             lease: Duration::from_secs(5),
             fence_spacing: Duration::from_millis(5),
             redundant_listener: false,
+            listen: true,
+            poll_min: Duration::from_millis(5),
+            poll_max: Duration::from_millis(50),
             loads_max: LOADS_MAX as usize,
             load_keys_max: 512,
             load_timeout: Duration::from_secs(5),
@@ -157,6 +170,12 @@ impl Config {
         if self.lease <= self.beat {
             return wrong("`lease` must be longer than `beat`, or it would run out between two fences");
         }
+        if self.redundant_listener && !self.listen {
+            return wrong("`redundant_listener` asks for two LISTEN connections, and without `listen` there is none");
+        }
+        if self.poll_min.is_zero() || self.poll_max < self.poll_min {
+            return wrong("`poll_min` must be longer than zero, and `poll_max` not shorter than that");
+        }
         if self.loads_max == 0 || self.load_keys_max == 0 {
             return wrong("`loads_max` and `load_keys_max` must be at least 1, or nothing could be loaded");
         }
@@ -166,9 +185,12 @@ impl Config {
         if self.loads_max > COUNT_MAX || self.events_max > COUNT_MAX {
             return wrong("`loads_max` and `events_max` must be at most a million");
         }
-        if [self.beat, self.beat_timeout, self.lease, self.fence_spacing, self.load_timeout].iter().any(|it| *it > YEAR)
-        {
-            return wrong("`beat`, `beat_timeout`, `lease`, `fence_spacing` and `load_timeout` must be at most a year");
+        let times =
+            [self.beat, self.beat_timeout, self.lease, self.fence_spacing, self.load_timeout, self.poll_max];
+        if times.iter().any(|it| *it > YEAR) {
+            return wrong(
+                "`beat`, `beat_timeout`, `lease`, `fence_spacing`, `load_timeout` and `poll_max` must be at most a year",
+            );
         }
         Ok(())
     }
@@ -183,6 +205,7 @@ impl fmt::Debug for Config {
             beat_timeout,
             lease,
             redundant_listener,
+            listen,
             loads_max,
             load_keys_max,
             load_timeout,
@@ -194,6 +217,7 @@ impl fmt::Debug for Config {
             .field("beat_timeout", beat_timeout)
             .field("lease", lease)
             .field("redundant_listener", redundant_listener)
+            .field("listen", listen)
             .field("loads_max", loads_max)
             .field("load_keys_max", load_keys_max)
             .field("load_timeout", load_timeout)

@@ -95,6 +95,7 @@ impl From<inbox::Item> for Item {
             inbox::Item::Message(payload) => Self::Message(payload),
             inbox::Item::Own(payload) => Self::Own(payload),
             inbox::Item::Overflow => Self::Overflow,
+            inbox::Item::Polled(..) | inbox::Item::Missed => unreachable!("no line receives what is polled"),
         }
     }
 }
@@ -195,7 +196,7 @@ impl Tables {
 }
 
 fn trust(fingerprint: u64) -> Trust {
-    Trust { fingerprint: fingerprint.to_string(), key: "id".into() }
+    Trust { fingerprint: fingerprint.to_string(), key: "id".into(), ..Trust::default() }
 }
 
 /// The real store of one cache.

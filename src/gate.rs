@@ -2,10 +2,11 @@
 //!
 //! An entry carries the [`Word`] that the gate showed when its load *started*, and is valid only while the gate
 //! still shows it. So one store into the gate drops every entry of the table, and voids every load of it that
-//! is under way (I3). Words are never reused within a node: odd ones mean coherent.
+//! is under way (I3). Each word is dealt once within a node: odd ones mean coherent.
 //!
 //! When a gap closes a gate, it remembers the word that it showed: entries under it are out of date, but it is known
-//! since when, and who asks for old data may have them ([`Fallback::ServeStale`](crate::Fallback)).
+//! since when, and who asks for old data may have them ([`Fallback::ServeStale`](crate::Fallback)). If what happened meanwhile can
+//! be made up for, the gate shows that word again ([`Gate::resume`]).
 
 use crossbeam_utils::CachePadded;
 
@@ -82,6 +83,18 @@ impl Gate {
             Before::Forgotten => self.0.stale.store(0, Ordering::Release),
         }
         self.0.word.store(word.0, Ordering::Release);
+    }
+
+    /// Shows the word again that the gap found, if nothing has ended it since. To be called as [`show`](Self::show), once all that
+    /// happened during the gap has been applied to the entries under that word.
+    pub(crate) fn resume(&self) -> bool {
+        let word = self.0.stale.load(Ordering::Acquire);
+        if word == 0 {
+            return false;
+        }
+        self.0.stale.store(0, Ordering::Release);
+        self.0.word.store(word, Ordering::Release);
+        true
     }
 }
 

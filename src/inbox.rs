@@ -9,7 +9,11 @@ use std::collections::VecDeque;
 
 use tokio::sync::Notify;
 
-use crate::sync::{Mutex, lock};
+use crate::{
+    change::Mark,
+    coherence::Fence,
+    sync::{Mutex, lock},
+};
 
 /// One thing to apply, in the order of the channel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -18,8 +22,12 @@ pub(crate) enum Item {
     Message(String),
     /// A message of the node's own channel: a fence.
     Own(String),
+    /// What a poll of the change log found stands before this. It is part of this fence, and saw this.
+    Polled(Box<(Fence, Mark)>),
     /// More came in than the box holds: stands for all of it.
     Overflow,
+    /// Messages of the change log may have been removed before they were read: stands for all of them.
+    Missed,
 }
 
 impl Item {
@@ -27,7 +35,8 @@ impl Item {
     fn weight(&self) -> usize {
         match self {
             Self::Message(payload) | Self::Own(payload) => payload.len() + size_of::<Self>(),
-            Self::Overflow => 0,
+            // Fences are few: one at a time.
+            Self::Polled(..) | Self::Overflow | Self::Missed => 0,
         }
     }
 }
@@ -57,11 +66,11 @@ impl Inbox {
         content.items.push_back(item);
         let overflowed = content.bytes > self.bytes_max;
         if overflowed {
-            content.items.retain(|item| matches!(item, Item::Own(_)));
+            content.items.retain(|item| matches!(item, Item::Own(_) | Item::Polled(..)));
             content.bytes = content.items.iter().map(Item::weight).sum();
             if content.bytes > self.bytes_max / 2 {
                 // Not fences of ours, or few of them: somebody has learnt the channel's name. A fence that is lost is late.
-                content.items.clear();
+                content.items.retain(|item| matches!(item, Item::Polled(..)));
                 content.bytes = 0;
             }
             content.items.push_front(Item::Overflow);

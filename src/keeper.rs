@@ -1,10 +1,11 @@
-//! Keeps the line open: connects, proves, beats, verifies triggers, and connects again after a gap.
+//! Keeps the line open: connects, proves, beats, verifies triggers, polls the change log, and connects again after a gap.
 //!
 //! The order matters (X7): LISTEN returns, *then* a new epoch begins, *then* a fence comes back, *then* entries
 //! are served. Whatever was loaded before LISTEN returned is never served after it.
 //!
 //! With a spare line the one that is heard may change between any two steps; each asks for it anew.
 
+mod poll;
 mod spare;
 
 use std::{sync::Arc, time::Duration};
@@ -21,8 +22,10 @@ use crate::{
     relay::LineId,
     server::Line,
     shared::Shared,
-    tables::Verified,
+    tables::{Trust, Verified, Via},
 };
+
+use poll::Poller;
 
 /// Runs until the node is stopped. `ready` hears how the first attempt went; if it failed, nothing follows.
 pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
@@ -38,10 +41,12 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
     let limit = open_limit(&shared.config);
     let mut ready = Some(ready);
     let mut pauses = pauses(shared);
+    // Outlives lines: the next one goes on reading where the last one ended.
+    let mut poller = Poller::new(&shared.config);
     loop {
         let began = shared.host.now();
         let end = match timeout(limit, open(shared)).await {
-            Ok(Ok((id, line))) => hold(shared, id, line, &mut ready).await,
+            Ok(Ok((id, line))) => hold(shared, id, line, &mut poller, &mut ready).await,
             Ok(Err(error)) => Err(error),
             Err(_) => Err(no_answer(limit)),
         };
@@ -100,6 +105,7 @@ async fn hold(
     shared: &Arc<Shared>,
     id: LineId,
     line: Arc<dyn Line>,
+    poller: &mut Poller,
     ready: &mut Option<oneshot::Sender<Result<()>>>,
 ) -> Result<()> {
     let _held = Held(shared);
@@ -108,7 +114,7 @@ async fn hold(
     drop(line);
     tokio::select! {
         biased;
-        end = beat(shared, ready) => end,
+        end = beat(shared, poller, ready) => end,
         never = spare::keep(shared) => match never {},
     }
 }
@@ -123,7 +129,11 @@ impl Drop for Held<'_> {
 }
 
 /// Sends fences and verifies triggers until there is a gap.
-async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) -> Result<()> {
+async fn beat(
+    shared: &Shared,
+    poller: &mut Poller,
+    ready: &mut Option<oneshot::Sender<Result<()>>>,
+) -> Result<()> {
     let mut checked = true;
     let mut proved = false;
     loop {
@@ -145,13 +155,19 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
             continue;
         }
         if let Some(fence) = shared.look(|it| it.next_fence(now, Uuid::new_v4())) {
-            // Together, so that a fence costs one round trip and not two. What happened to the triggers is found out before
-            // anything is trusted: the fence counts only when both are done.
-            (checked, ()) = tokio::join!(check(shared, fence, checked), send(shared, fence));
+            // Together, so that a fence costs one round trip and not three. What happened to the triggers is found out before
+            // anything is trusted: the fence counts only when all is done.
+            (checked, (), ()) =
+                tokio::join!(check(shared, fence, checked), send(shared, fence), poller.poll(shared, Some(fence)));
+            continue;
+        }
+        let poll_due = poller.due(shared);
+        if poll_due.is_some_and(|due| due <= now) {
+            poller.poll(shared, None).await;
             continue;
         }
         let due = shared.look(|it| it.fence_due().into_iter().chain(it.fence_deadline()).chain(it.lease_end()).min());
-        let due = due.into_iter().chain(shared.deaf_at()).min();
+        let due = due.into_iter().chain(shared.deaf_at()).chain(poll_due).min();
         // A deadline has passed only after its moment, at which this would otherwise spin: no timer is finer than this anyway.
         let pause = due.map_or(shared.config.beat, |due: Boot| due.saturating_sub(now).max(Duration::from_millis(1)));
         tokio::select! {
@@ -165,7 +181,7 @@ async fn beat(shared: &Shared, ready: &mut Option<oneshot::Sender<Result<()>>>) 
 /// The line was given up before its first fence came back.
 fn not_proved(shared: &Shared) -> Error {
     match shared.status_reason() {
-        Some(Reason::BeatLate) => Error::new(
+        Some(Reason::BeatLate) if shared.config.listen => Error::new(
             Kind::Pooler,
             format!(
                 "a notification that was sent through the pool did not reach the LISTEN connection within {:?}; if \
@@ -188,6 +204,10 @@ fn limit(shared: &Shared, covered: bool) -> Duration {
 
 /// Sends a fence: the first one through the pool, the others through the control connection.
 async fn send(shared: &Shared, fence: Fence) {
+    if !shared.config.listen {
+        // Its poll is all that it is.
+        return;
+    }
     let Some((id, line)) = shared.line() else { return };
     let covered = shared.fence_starts(fence);
     let limit = limit(shared, covered);
@@ -268,7 +288,8 @@ async fn verify(shared: &Shared, line: &dyn Line) -> Result<()> {
     for (name, fingerprint) in line.fingerprints(&names).await? {
         let Some(cleared) = shared.tables.inspect(&name, fingerprint.as_deref(), shared.host.now()) else { continue };
         shared.reclaim(cleared);
-        match shared.tables.verified(&name, line.verify(&name).await?) {
+        let whole = line.verify(&name).await?.and_then(|trust| heard(&shared.config, &name, trust));
+        match shared.tables.verified(&name, whole) {
             // A TRUNCATE leaves its trace too.
             Verified::Whole => {
                 tracing::info!(table = name, "the triggers or the definition of this table changed, and are whole");
@@ -282,6 +303,16 @@ async fn verify(shared: &Shared, line: &dyn Line) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether this node hears what the triggers of a table tell; if not, what is in the way and the cure.
+pub(crate) fn heard(config: &Config, name: &str, trust: Trust) -> Result<Trust, String> {
+    if config.listen || trust.via == Via::Log {
+        return Ok(trust);
+    }
+    Err(format!(
+        "its changes are told with NOTIFY, which this node does not hear (`Config::listen`); run: rowcache track {name} --via log"
+    ))
 }
 
 /// An error with its causes on one line.

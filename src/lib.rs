@@ -75,6 +75,7 @@
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
 //! | `hashed` | core: keys that messages do not show |
 //! | `change`, `key` | core: messages and keys |
+//! | `change_log` | core: where a node is in the change log |
 //! | `digest` | core: what an entry remembers of its row |
 //! | `status`, `stats`, `error` | what users are told |
 //!
@@ -93,6 +94,7 @@ pub mod verify;
 
 mod audit;
 mod change;
+mod change_log;
 mod clock;
 mod coherence;
 mod config;

@@ -118,7 +118,9 @@ impl Node {
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
         options.check()?;
         let shared = &self.handle.shared;
-        let tracked = catalog::open::<K>(&self.postgres.pool, name).await?;
+        let mut tracked = catalog::open::<K>(&self.postgres.pool, name).await?;
+        tracked.trust = keeper::heard(&shared.config, &tracked.name, tracked.trust)
+            .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
         let mut is_new = false;
         let store = self.handle.open::<K, V, _>(&tracked.name, || {
             is_new = true;

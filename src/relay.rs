@@ -234,8 +234,8 @@ fn nonce(item: &Item) -> Option<Uuid> {
 fn weight(item: &Item) -> usize {
     match item {
         Item::Message(payload) => payload.len() + size_of::<Item>(),
-        // Fences are few (`FENCES_MAX`).
-        Item::Own(_) | Item::Overflow => 0,
+        // Fences are few (`FENCES_MAX`). What is polled does not come this way.
+        Item::Own(_) | Item::Polled(..) | Item::Overflow | Item::Missed => 0,
     }
 }
 

@@ -1,13 +1,14 @@
-//! What a node asks of its database, rows apart (those are `source.rs`): lines, fences, messages.
+//! What a node asks of its database, rows apart (those are `source.rs`): lines, fences, polls, messages.
 //!
 //! `postgres/server.rs` answers it with SQL and sockets; `verify/simulation` with a database of its own.
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use crate::{
+    change_log::{Polled, Position},
     coherence::{Fence, Incarnation},
     error::Result,
-    tables::Trust,
+    tables::{Trust, Via},
 };
 
 /// An answer that takes time.
@@ -26,7 +27,7 @@ pub(crate) trait Server: Send + Sync {
     fn probe<'a>(&'a self, own_channel: &'a str, fence: Fence) -> Answer<'a, bool>;
 
     /// Sends a message to all nodes, through the pool.
-    fn notify(&self, payload: String) -> Answer<'_, ()>;
+    fn tell(&self, payload: String, via: Via) -> Answer<'_, ()>;
 
     /// Closes all connections but those of lines.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
@@ -65,4 +66,10 @@ pub(crate) trait Line: Send + Sync {
 
     /// What a table looks like now, if its triggers are whole; else what is wrong with them.
     fn verify<'a>(&'a self, name: &'a str) -> Answer<'a, Result<Trust, String>>;
+
+    /// Reads the change log from this position on; from nowhere: only where it ends. `read` is given each message, as it comes.
+    fn poll<'a>(&'a self, since: Option<&'a Position>, read: &'a (dyn Fn(String) + Send + Sync)) -> Answer<'a, Polled>;
+
+    /// Removes what nobody needs any more from the change log. `false`: somebody is in the way; it is to be tried again.
+    fn trim(&self) -> Answer<'_, bool>;
 }

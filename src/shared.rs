@@ -36,7 +36,7 @@ use crate::{
     stats::NodeCounters,
     status::{Event, Events, Status},
     sync::{Mutex, lock},
-    tables::{Member, Tables},
+    tables::{Member, Tables, Via},
     throttle::Throttle,
     token::{Token, incarnation_id},
 };
@@ -178,6 +178,10 @@ impl Drop for Handle {
     }
 }
 
+fn everything() -> Change {
+    Change { rows: Rows::All, table: None, columns: BTreeMap::new(), xid: None }
+}
+
 impl Shared {
     pub(crate) fn new(config: Config, server: Arc<dyn Server>, host: Arc<dyn Host>) -> Arc<Self> {
         Arc::new(Self {
@@ -235,6 +239,21 @@ impl Shared {
                 other => self.apply_message(other),
             },
             Item::Message(payload) => self.apply_message(Message::parse(&payload)),
+            Item::Polled(of) => {
+                let (fence, mark) = *of;
+                if !self.config.listen {
+                    // There is nothing else that could come back.
+                    self.step(|coherence| coherence.fence_applied(fence.nonce, mark.clone()));
+                }
+                return self.step(|coherence| coherence.fence_polled(fence, mark));
+            }
+            Item::Missed => {
+                tracing::warn!(
+                    "the change log, or its server, is not the one that was read last, or was trimmed meanwhile; everything held \
+                     was forgotten"
+                );
+                self.apply_message(Message::Change(everything()))
+            }
             Item::Overflow => {
                 self.counters.overflows.add(1);
                 if let Some(held_back) = self.overflows.pass(self.host.now()) {
@@ -244,8 +263,7 @@ impl Shared {
                         "more changes came in than could be applied; everything held was forgotten"
                     );
                 }
-                let everything = Change { rows: Rows::All, table: None, columns: BTreeMap::new(), xid: None };
-                self.apply_message(Message::Change(everything))
+                self.apply_message(Message::Change(everything()))
             }
         };
         self.reclaim(cleared);
@@ -472,7 +490,7 @@ impl Shared {
         }
     }
 
-    /// Tells all nodes, this one too, to forget rows.
+    /// Tells all nodes, this one too, to forget rows: as the table's triggers would.
     pub(crate) async fn broadcast(&self, change: &Change) -> Result<()> {
         /// NOTIFY refuses payloads of 8000 bytes or more.
         const PAYLOAD_MAX: usize = 7999;
@@ -481,11 +499,13 @@ impl Shared {
             payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
         }
         let limit = self.config.load_timeout;
-        let late = |_| {
-            let what = format!("notifying on channel rowcache took longer than {limit:?} (`load_timeout`)");
-            Err(Error::new(Kind::Timeout, what))
-        };
-        timeout(limit, self.server.notify(payload)).await.unwrap_or_else(late)
+        let late = |_| Err(Error::new(Kind::Timeout, format!("telling all nodes took longer than {limit:?} (`load_timeout`)")));
+        for via in [Via::Notify, Via::Log] {
+            if self.tables.is_told(change.table.as_deref(), via) {
+                timeout(limit, self.server.tell(payload.clone(), via)).await.unwrap_or_else(late)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn tell(&self, event: Event) {

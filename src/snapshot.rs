@@ -4,8 +4,8 @@
 //! 10:20:10,14,15     xmin:xmax:running    below 10 all have ended; from 20 on none had; of those between, these run
 //! ```
 //!
-//! Only snapshots of the primary are read here. A standby prints an empty list of running transactions, whatever
-//! runs (source: `xid8funcs.c`, which copies a list that recovery leaves empty).
+//! A standby prints an empty list of running transactions, whatever runs (source: `xid8funcs.c`, which copies a list that recovery
+//! leaves empty). Of its snapshots only the lower bound means anything: `change_log.rs`.
 
 use std::str::FromStr;
 
@@ -19,6 +19,31 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
+    /// All below this had ended.
+    pub(crate) fn xmin(&self) -> u64 {
+        self.xmin
+    }
+
+    /// None from this on had ended.
+    pub(crate) fn xmax(&self) -> u64 {
+        self.xmax
+    }
+
+    /// Those between the two that had not.
+    pub(crate) fn running(&self) -> &[u64] {
+        &self.running
+    }
+
+    /// What sees just those transactions that both see.
+    pub(crate) fn common(&self, other: &Self) -> Self {
+        let (xmin, xmax) = (self.xmin.min(other.xmin), self.xmax.min(other.xmax));
+        let mut running: Vec<u64> = [&self.running[..], &other.running[..]].concat();
+        running.retain(|xid| *xid < xmax);
+        running.sort_unstable();
+        running.dedup();
+        Self { xmin, xmax, running }
+    }
+
     /// Whether this transaction had ended when the snapshot was taken. Only for ids of whole transactions
     /// (`pg_current_xact_id()`): those of savepoints are in no list.
     pub(crate) fn sees(&self, xid: u64) -> bool {
@@ -52,6 +77,21 @@ mod tests {
         let seen: Vec<u64> = (8..22).filter(|xid| snapshot.sees(*xid)).collect();
         assert_eq!(seen, [8, 9, 11, 12, 13, 15, 16, 17, 18, 19]);
         assert!("10:10:".parse::<Snapshot>().expect("nothing runs").sees(9));
+    }
+
+    #[test]
+    fn what_both_see() {
+        for (one, two) in
+            [("10:20:10,14", "12:18:12,17"), ("10:10:", "10:10:"), ("5:6:5", "9:30:9,12"), ("10:20:10,14", "10:20:10,14")]
+        {
+            let parse = |text: &str| text.parse::<Snapshot>().expect("a snapshot");
+            let (one, two) = (parse(one), parse(two));
+            let (both, again) = (one.common(&two), two.common(&one));
+            assert_eq!(both, again);
+            for xid in 0..40 {
+                assert_eq!(both.sees(xid), one.sees(xid) && two.sees(xid), "{xid} in {one:?} and {two:?}");
+            }
+        }
     }
 
     #[test]

@@ -390,6 +390,10 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         self.gate.show(word, before);
     }
 
+    fn resume(&self) -> bool {
+        self.gate.resume()
+    }
+
     fn wants_reclaim(&self) -> bool {
         self.reclaims.fetch_add(1, Ordering::AcqRel) == 0
     }

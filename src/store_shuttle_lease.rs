@@ -88,6 +88,7 @@ impl Node {
         thread::yield_now();
         while self.world.apply() {}
         self.step(|coherence| coherence.fence_checked(fence));
+        self.step(|coherence| coherence.fence_polled(fence, mark()));
         self.step(|coherence| coherence.fence_applied(nonce, mark()));
     }
 

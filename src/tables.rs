@@ -21,11 +21,23 @@ pub(crate) trait Member: Send + Sync {
     /// Moves the gate: forgets everything, at once.
     fn show(&self, word: Word, before: Before);
 
+    /// Puts what a gap has put out of service back into it. `false`: there is nothing of that kind.
+    fn resume(&self) -> bool;
+
     /// Whether somebody must call [`reclaim`](Self::reclaim): `false` while a call is under way, which then looks once more.
     fn wants_reclaim(&self) -> bool;
 
     /// Frees the memory of entries that the gate has made unreachable. Takes time with the number of entries.
     fn reclaim(&self);
+}
+
+/// What carries the messages of a table: its *transport*.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Via {
+    #[default]
+    Notify,
+    /// The change log.
+    Log,
 }
 
 /// What a table looked like when its triggers were found to be whole.
@@ -35,6 +47,7 @@ pub(crate) struct Trust {
     pub(crate) fingerprint: String,
     /// The columns of its key, with their types, and how messages show it. The caches of a table were made for one key.
     pub(crate) key: String,
+    pub(crate) via: Via,
 }
 
 /// All tables of a node. Every gate of the node is moved in here, under one lock.
@@ -116,12 +129,35 @@ impl Tables {
         lock(&self.0).clear(table)
     }
 
-    /// The node became coherent, or ceased to be: entries from before are not served either way, except to those who
-    /// ask for old ones while it is not.
+    /// The node became coherent, or ceased to be. Entries from before are not served, except to those who ask for old ones
+    /// while it is not.
+    ///
+    /// And except those of tables that are told by way of the change log. What happened during the gap has been read since, and
+    /// applied to what is held, as if there had been no gap: all of that before this, or everything was forgotten
+    /// (`Item::Missed`), and with it the word that would be shown again here.
     pub(crate) fn set_coherent(&self, coherent: bool) {
         let mut inner = lock(&self.0);
         inner.coherent = coherent;
-        inner.turn(None, if coherent { Before::Forgotten } else { Before::Stale });
+        if !coherent {
+            inner.turn(None, Before::Stale);
+            return;
+        }
+        let Inner { words, by_name, .. } = &mut *inner;
+        for table in by_name.values() {
+            let word = words.fresh(table.suspect.is_none());
+            let resumes = table.trust.via == Via::Log && table.suspect.is_none();
+            for member in &table.members {
+                if !(resumes && member.resume()) {
+                    member.show(word, Before::Forgotten);
+                }
+            }
+        }
+    }
+
+    /// Whether this carries the messages of this table, or of any that is open.
+    pub(crate) fn is_told(&self, name: Option<&str>, via: Via) -> bool {
+        let inner = lock(&self.0);
+        inner.by_name.iter().any(|(table, entry)| name.is_none_or(|name| name == table) && entry.trust.via == via)
     }
 
     /// Since when, and why, this table is in doubt, if it is.

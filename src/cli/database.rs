@@ -91,7 +91,8 @@ pub(crate) async fn track(url: &str, tables: &[String], options: &TrackOptions) 
         let how = tracked.iter().find(|tracked| tracked.relation == name);
         let how = how.map_or_else(String::new, |it| {
             let hashed = if it.hash_keys { ", keys sent as hashes" } else { "" };
-            format!(" by ({}), {} triggers{hashed}", it.key.join(", "), it.level)
+            let via = if it.via == "log" { ", told by way of the change log" } else { "" };
+            format!(" by ({}), {} triggers{hashed}{via}", it.key.join(", "), it.level)
         });
         writeln!(stdout(), "tracking {name}{how}")?;
     }
@@ -121,7 +122,7 @@ pub(crate) async fn tracked(url: &str, json: bool) -> Result<()> {
         writeln!(out, "no table is tracked; `rowcache track TABLE` puts the triggers on one")?;
         return Ok(());
     }
-    let head = ["relation", "key", "columns", "ignored", "max keys", "level", "problems"];
+    let head = ["relation", "key", "columns", "ignored", "max keys", "level", "via", "problems"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let list = |columns: &[String]| if columns.is_empty() { "-".to_owned() } else { columns.join(", ") };
     for table in &tables {
@@ -136,6 +137,7 @@ pub(crate) async fn tracked(url: &str, json: bool) -> Result<()> {
             list(&table.ignore),
             table.max_keys.to_string(),
             table.level.clone(),
+            table.via.clone(),
             problems,
         ]);
     }
@@ -178,6 +180,7 @@ fn as_json(table: &Tracked) -> serde_json::Value {
         "max_keys": table.max_keys,
         "level": table.level,
         "hash_keys": table.hash_keys,
+        "via": table.via,
         "problems": table.problems,
     })
 }

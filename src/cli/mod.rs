@@ -23,7 +23,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind}
 
 pub use report::report;
 
-use crate::install::{Level, TrackOptions};
+use crate::install::{Level, TrackOptions, Transport};
 
 const STEPS: &str = "\
 Three steps, on a database of yours:
@@ -55,7 +55,8 @@ enum Command {
     /// Puts triggers on tables, so that every change of a row reaches all nodes. Again with other options: replaces them.
     #[command(
         after_help = "Examples:\n  rowcache track public.users\n  rowcache track public.members --key org_id,user_id\n  \
-                      rowcache track public.sessions --hash-keys --ignore last_seen_at"
+                      rowcache track public.sessions --hash-keys --ignore last_seen_at\n  \
+                      rowcache track public.carts --via log"
     )]
     Track(Track),
     /// Takes the triggers off tables.
@@ -151,6 +152,16 @@ struct Track {
     /// `rowcache.key_secret()`.
     #[arg(long, conflicts_with = "columns")]
     hash_keys: bool,
+    /// What carries the messages: `log` for tables that are written by many at once, where commits that notify would have to
+    /// queue; nodes then know a few milliseconds later.
+    #[arg(long, value_enum, default_value_t = ViaArg::Notify)]
+    via: ViaArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ViaArg {
+    Notify,
+    Log,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -173,6 +184,10 @@ impl Track {
                 LevelArg::Row => Level::Row,
             },
             hash_keys: self.hash_keys,
+            via: match self.via {
+                ViaArg::Notify => Transport::Notify,
+                ViaArg::Log => Transport::Log,
+            },
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     hashed::Secret,
     key::{Key, KeyType},
     postgres::{database_error, has_code, schema_hint},
-    tables::Trust,
+    tables::{Trust, Via},
 };
 
 /// One row of `rowcache.describe`.
@@ -24,12 +24,14 @@ pub(crate) struct Description {
     pub(crate) fingerprint: Option<String>,
     /// The id of the secret with which messages hash its keys; `None`: they show them.
     pub(crate) secret: Option<String>,
+    /// What carries its messages: `notify` or `log`.
+    pub(crate) via: Option<String>,
 }
 
 /// The columns asked for, in the order of [`Description`].
 pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, coalesce(key_columns, '{}') as key_columns, \
      coalesce(key_types, '{}') as key_types, tracked, coalesce(problems, '{}') as problems, fingerprint, \
-     secret from rowcache.describe($1)";
+     secret, via from rowcache.describe($1)";
 
 /// A table that can be cached under keys of a certain type.
 #[derive(Clone, Debug)]
@@ -89,11 +91,11 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 impl Description {
     /// What the table looks like, if its triggers are whole; else what is wrong with them.
     pub(crate) fn whole(self) -> Result<Trust, String> {
-        let key = self.key_as_sent();
+        let (key, via) = (self.key_as_sent(), self.via());
         match (self.fingerprint, self.tracked) {
             (None, _) => Err("the table is gone".into()),
             (Some(_), false) => Err("it is not tracked any more".into()),
-            (Some(fingerprint), true) if self.problems.is_empty() => Ok(Trust { fingerprint, key }),
+            (Some(fingerprint), true) if self.problems.is_empty() => Ok(Trust { fingerprint, key, via }),
             (Some(_), true) => Err(self.problems.join("; ")),
         }
     }
@@ -133,16 +135,20 @@ impl Description {
             ));
         }
         check_key::<K>(&relation, &self)?;
-        let key = self.key_as_sent();
+        let (key, via) = (self.key_as_sent(), self.via());
         let fingerprint = self
             .fingerprint
             .ok_or_else(|| Error::new(Kind::Table, format!("{relation} was dropped while it was being looked up")))?;
         Ok(TrackedTable {
             name: relation,
             key_columns: self.key_columns,
-            trust: Trust { fingerprint, key },
+            trust: Trust { fingerprint, key, via },
             secret: None,
         })
+    }
+
+    fn via(&self) -> Via {
+        if self.via.as_deref() == Some("log") { Via::Log } else { Via::Notify }
     }
 
     /// The key, and whether and how messages hide it.

@@ -25,6 +25,8 @@ pub struct TrackOptions {
     /// who may connect can read messages. Not together with [`columns`](Self::columns). The owner of the table must be able
     /// to read `rowcache.secret`, and the roles of services to execute `rowcache.key_secret()`.
     pub hash_keys: bool,
+    /// What carries messages.
+    pub via: Transport,
 }
 
 impl Default for TrackOptions {
@@ -36,6 +38,7 @@ impl Default for TrackOptions {
             max_keys: 10_000,
             level: Level::Auto,
             hash_keys: false,
+            via: Transport::Notify,
         }
     }
 }
@@ -50,6 +53,27 @@ pub enum Level {
     Statement,
     /// Row triggers: a little cheaper for statements that change one row.
     Row,
+}
+
+/// What carries the messages of a table to the nodes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Transport {
+    /// NOTIFY: the soonest, and nothing is stored. Each commit that notifies holds a lock of the whole server until it is flushed, so
+    /// that such commits come one after the other. Right for tables that are written now and then.
+    #[default]
+    Notify,
+    /// Rows of the change log, which nodes poll: a few milliseconds later, and commits go on side by side. Right for tables that are
+    /// written by many at once. Works through poolers in transaction mode, and on standbys.
+    Log,
+}
+
+impl Transport {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Notify => "notify",
+            Self::Log => "log",
+        }
+    }
 }
 
 impl Level {
@@ -79,6 +103,8 @@ pub struct Tracked {
     pub level: String,
     /// Whether its keys are sent as hashes.
     pub hash_keys: bool,
+    /// What carries its messages: `notify` or `log`.
+    pub via: String,
     /// Why writes might go unseen, and the cure; empty if all is well.
     pub problems: Vec<String>,
 }
@@ -98,7 +124,7 @@ pub struct Tracked {
 /// It happens as a whole or not at all.
 pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOptions) -> Result<String> {
     sqlx::query_scalar(
-        "select rowcache.track($1::text::regclass, $2::text[]::name[], $3::text[]::name[], $4::text[]::name[], $5, $6, $7)",
+        "select rowcache.track($1::text::regclass, $2::text[]::name[], $3::text[]::name[], $4::text[]::name[], $5, $6, $7, $8)",
     )
     .bind(table)
     .bind(&options.key)
@@ -107,6 +133,7 @@ pub async fn track(executor: impl PgExecutor<'_>, table: &str, options: &TrackOp
     .bind(i32::try_from(options.max_keys).unwrap_or(i32::MAX))
     .bind(options.level.as_str())
     .bind(options.hash_keys)
+    .bind(options.via.as_str())
     .fetch_one(executor)
     .await
     .map_err(|error| refusal(&format!("tracking {table}"), error))
@@ -139,7 +166,7 @@ pub async fn untrack(executor: impl PgExecutor<'_>, table: &str) -> Result<bool>
 /// Cancel safe.
 pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>> {
     let rows = sqlx::query(
-        "select relation, key_columns, columns, ignored, max_keys, level, hash_keys, problems from rowcache.tracked order by 1",
+        "select relation, key_columns, columns, ignored, max_keys, level, hash_keys, via, problems from rowcache.tracked order by 1",
     );
     let tracked = |row: PgRow| {
         Ok(Tracked {
@@ -150,7 +177,8 @@ pub async fn tracked(executor: impl PgExecutor<'_>) -> Result<Vec<Tracked>> {
             max_keys: row.try_get(4)?,
             level: row.try_get(5)?,
             hash_keys: row.try_get(6)?,
-            problems: row.try_get(7)?,
+            via: row.try_get(7)?,
+            problems: row.try_get(8)?,
         })
     };
     let failed = |error| refusal("listing the tracked tables", error);

@@ -1,4 +1,6 @@
-//! The line to Postgres that coherence hangs on: the LISTEN connection, and a second one that sends fences.
+//! The line to Postgres that coherence hangs on: the LISTEN connection, and a second one that sends fences and polls the change
+//! log. A node that does not listen has the second one alone, perhaps through a transaction pooler, perhaps to a standby: nothing
+//! is set there, and nothing prepared.
 //!
 //! The LISTEN connection is never used for anything else once it listens. While a backend executes a statement
 //! it forwards no notifications, and a fence can wait for a lock behind a stuck writer (X11). Its task decodes
@@ -9,7 +11,9 @@
 //! would be invisible (`tests/upstream.rs`).
 
 use std::{
+    collections::BTreeSet,
     future::poll_fn,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -22,11 +26,17 @@ use tokio::{
     task::JoinHandle,
     time::timeout,
 };
-use tokio_postgres::{AsyncMessage, Client, Connection, Statement, error::SqlState, types::Type};
+use futures_util::TryStreamExt as _;
+use tokio_postgres::{
+    AsyncMessage, Client, Connection, Row, RowStream, Statement,
+    error::SqlState,
+    types::{ToSql, Type},
+};
 use uuid::Uuid;
 
 use crate::{
     change::CHANNEL,
+    change_log::{Polled, Position},
     coherence::{Fence, Incarnation},
     config::Config,
     error::{Error, Kind, Result, with_causes},
@@ -39,13 +49,19 @@ use crate::{
 };
 
 /// The oldest and the newest version of the schema that this library works with.
-pub(crate) const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 1..=1;
+pub(crate) const SCHEMA_VERSIONS: std::ops::RangeInclusive<i32> = 2..=2;
 
 /// Settings of both sessions. Nothing may time out an idle listener, nor the control session between two beats; a dead
 /// peer must not hold the server's notification queue for hours; a fence must not wait for ever. Older servers lack some.
 const SETTINGS: &str = "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0; \
      set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
+     set default_transaction_isolation = 'read committed'; \
      select set_config(name, '0', false) from pg_settings where name in ('idle_session_timeout', 'transaction_timeout')";
+
+const FINGERPRINTS: &str = "select name, fingerprint from rowcache.fingerprints($1)";
+
+const POLL: &str = "select canary, started, standby, snapshot, lsn, horizon, xid, message from \
+     rowcache.poll($1::text::xid8, $2::text[]::xid8[], $3::text[]::xid8[])";
 
 /// Sends a fence: to this channel, with this nonce. The grammar of the message is in `change.rs`. Very many running
 /// transactions would not fit into a message: then none that began after the oldest of them counts as ended.
@@ -60,12 +76,49 @@ pub(crate) struct Sessions {
     incarnation: Incarnation,
     control: Client,
     /// Says nothing any more, but dropping it would end its connection.
-    _listener: Client,
+    _listener: Option<Client>,
     phase: Arc<Phase>,
-    fence: Statement,
-    fingerprints: Statement,
-    describe: Statement,
-    tasks: [JoinHandle<()>; 2],
+    fence: Option<Statement>,
+    fingerprints: Ask,
+    describe: Ask,
+    poll: Ask,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// A statement of the control session.
+enum Ask {
+    Prepared(Statement),
+    /// Sent anew each time: behind a transaction pooler the next one may meet another backend.
+    Typed(&'static str, &'static [Type]),
+}
+
+impl Ask {
+    async fn new(
+        control: &Client,
+        prepared: bool,
+        sql: &'static str,
+        types: &'static [Type],
+        what: &str,
+    ) -> Result<Self> {
+        if !prepared {
+            return Ok(Self::Typed(sql, types));
+        }
+        let statement = control.prepare_typed(sql, types).await;
+        statement.map(Self::Prepared).map_err(|error| setup_error(&format!("preparing {what} failed"), error))
+    }
+
+    async fn rows(
+        &self,
+        control: &Client,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<RowStream, tokio_postgres::Error> {
+        match self {
+            Self::Prepared(statement) => control.query_raw(statement, parameters.iter().copied()).await,
+            Self::Typed(sql, types) => {
+                control.query_typed_raw(sql, parameters.iter().copied().zip(types.iter().cloned())).await
+            }
+        }
+    }
 }
 
 impl Drop for Sessions {
@@ -120,41 +173,83 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
         }
     };
     let received = move |message| hear.received(message);
-    let (listener, listening) = connect(config, "listener", received, lost.clone()).await?;
-    let incarnation = prepare(&listener).await?;
-    let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"");
-    listener.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
+    let mut tasks = Vec::with_capacity(2);
+    let mut incarnation = None;
+    let mut listener = None;
+    if config.listen {
+        let (client, listening) = connect(config, "listener", received, lost.clone()).await?;
+        tasks.push(listening);
+        incarnation = Some(prepare(&client).await?);
+        let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"");
+        client.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
+        listener = Some(client);
+    }
 
     let (control, sending) = connect(config, "control", |_| {}, lost).await?;
-    let lock_timeout = lock_timeout(config);
-    let set = format!("{SETTINGS}; set lock_timeout = {lock_timeout}");
-    control.batch_execute(&set).await.map_err(|error| setup_error("setting up the control session failed", error))?;
-    let fence = control
-        .prepare_typed(FENCE, &[Type::TEXT, Type::TEXT])
-        .await
-        .map_err(|error| setup_error("preparing the fence failed", error))?;
-    let fingerprints = "select name, fingerprint from rowcache.fingerprints($1)";
-    let fingerprints = control
-        .prepare_typed(fingerprints, &[Type::TEXT_ARRAY])
-        .await
-        .map_err(|error| setup_error("preparing the check of triggers failed", error))?;
-    let describe = control
-        .prepare_typed(DESCRIBE, &[Type::TEXT])
-        .await
-        .map_err(|error| setup_error("preparing the check of triggers failed", error))?;
+    tasks.push(sending);
+    let mut fence = None;
+    if config.listen {
+        let set = format!("{SETTINGS}; set lock_timeout = {}", lock_timeout(config));
+        let failed = |error| setup_error("setting up the control session failed", error);
+        control.batch_execute(&set).await.map_err(failed)?;
+        let failed = |error| setup_error("preparing the fence failed", error);
+        fence = Some(control.prepare_typed(FENCE, &[Type::TEXT, Type::TEXT]).await.map_err(failed)?);
+    }
+    let (prepared, checks) = (config.listen, "the check of triggers");
+    let fingerprints = Ask::new(&control, prepared, FINGERPRINTS, &[Type::TEXT_ARRAY], checks).await?;
+    let describe = Ask::new(&control, prepared, DESCRIBE, &[Type::TEXT], checks).await?;
+    let poll_types = &[Type::TEXT, Type::TEXT_ARRAY, Type::TEXT_ARRAY];
+    let poll = Ask::new(&control, prepared, POLL, poll_types, "the poll of the change log").await?;
+    let incarnation = match incarnation {
+        Some(incarnation) => incarnation,
+        None => look_around(&control).await?,
+    };
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
-    Ok(Sessions {
-        incarnation,
-        control,
-        _listener: listener,
-        phase,
-        fence,
-        fingerprints,
-        describe,
-        tasks: [listening, sending],
-    })
+    Ok(Sessions { incarnation, control, _listener: listener, phase, fence, fingerprints, describe, poll, tasks })
+}
+
+/// For a node that does not listen: which server it is on, primary or standby. Changes nothing of the session, which may be others'
+/// too.
+async fn look_around(control: &Client) -> Result<Incarnation> {
+    let setup = |error| setup_error("setting up the session that polls failed", error);
+    check_version(control.query_typed_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0))?;
+    let standby: bool = control.query_typed_one("select pg_is_in_recovery()", &[]).await.map_err(setup)?.get(0);
+    if !standby {
+        control.query_typed_one("select rowcache.incarnation()", &[]).await.map_err(setup)?;
+    }
+    let stamp = if standby {
+        "select canary, started from rowcache.standby_stamp"
+    } else {
+        "select canary, started from rowcache.stamp"
+    };
+    read_incarnation(&control.query_typed_one(stamp, &[]).await.map_err(setup)?)
+}
+
+fn read_incarnation(row: &Row) -> Result<Incarnation> {
+    let canary: Option<Uuid> = row.get("canary");
+    let canary = canary.ok_or_else(|| {
+        Error::new(Kind::Unavailable, "the canary of schema `rowcache` disappeared while it was read, or a standby was promoted")
+    })?;
+    Ok(Incarnation { canary, started: row.get("started") })
+}
+
+fn check_version(version: i32) -> Result<()> {
+    if version < *SCHEMA_VERSIONS.start() {
+        return Err(schema_too_old());
+    }
+    if version > *SCHEMA_VERSIONS.end() {
+        return Err(Error::new(
+            Kind::SchemaTooNew,
+            format!(
+                "the schema `rowcache` of this database has version {version}, and this library knows it up to \
+                 version {}; use a newer release of rowcache",
+                SCHEMA_VERSIONS.end()
+            ),
+        ));
+    }
+    Ok(())
 }
 
 /// One session; its task calls `received` and `lost`.
@@ -220,29 +315,11 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
     }
     let setup = |error| setup_error("setting up the LISTEN session failed", error);
     listener.batch_execute(SETTINGS).await.map_err(setup)?;
-    let version: i32 = listener.query_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0);
-    if version < *SCHEMA_VERSIONS.start() {
-        return Err(schema_too_old());
-    }
-    if version > *SCHEMA_VERSIONS.end() {
-        return Err(Error::new(
-            Kind::SchemaTooNew,
-            format!(
-                "the schema `rowcache` of this database has version {version}, and this library knows it up to \
-                 version {}; use a newer release of rowcache",
-                SCHEMA_VERSIONS.end()
-            ),
-        ));
-    }
+    check_version(listener.query_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0))?;
     // A notification queue that was full stays so until somebody looks at it (`tests/faults/queue.rs`): whoever fails to send
     // makes no room. Our fences fail then, too, which ends the line and leads here.
     listener.batch_execute("select pg_notification_queue_usage(), rowcache.incarnation()").await.map_err(setup)?;
-    let row = listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
-    let canary: Option<Uuid> = row.get(0);
-    let canary = canary.ok_or_else(|| {
-        Error::new(Kind::Unavailable, "the canary of schema `rowcache` disappeared while it was read")
-    })?;
-    Ok(Incarnation { canary, started: row.get(1) })
+    read_incarnation(&listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?)
 }
 
 impl Line for Sessions {
@@ -256,7 +333,8 @@ impl Line for Sessions {
 
     fn send<'a>(&'a self, own_channel: &'a str, fence: Fence) -> Answer<'a, bool> {
         Box::pin(async move {
-            match self.control.execute(&self.fence, &[&own_channel, &fence.nonce.to_string()]).await {
+            let statement = self.fence.as_ref().expect("only nodes that listen send fences");
+            match self.control.execute(statement, &[&own_channel, &fence.nonce.to_string()]).await {
                 Ok(_) => Ok(true),
                 Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(false),
                 Err(error) => Err(setup_error("sending a fence failed", error)),
@@ -266,22 +344,73 @@ impl Line for Sessions {
 
     fn fingerprints<'a>(&'a self, names: &'a [String]) -> Answer<'a, Vec<(String, Option<String>)>> {
         Box::pin(async move {
-            let rows = self.control.query(&self.fingerprints, &[&names]).await;
-            let rows = rows.map_err(|error| setup_error("checking triggers failed", error))?;
-            Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+            let failed = |error| setup_error("checking triggers failed", error);
+            let rows = self.fingerprints.rows(&self.control, &[&names]).await.map_err(failed)?;
+            rows.map_ok(|row| (row.get(0), row.get(1))).try_collect().await.map_err(failed)
         })
     }
 
     fn verify<'a>(&'a self, name: &'a str) -> Answer<'a, Result<Trust, String>> {
         Box::pin(async move { Ok(self.describe(name).await?.whole()) })
     }
+
+    fn poll<'a>(&'a self, since: Option<&'a Position>, read: &'a (dyn Fn(String) + Send + Sync)) -> Answer<'a, Polled> {
+        Box::pin(async move {
+            let failed = |error| setup_error("polling the change log failed", error);
+            let texts = |xids: &mut dyn Iterator<Item = u64>| xids.map(|xid| xid.to_string()).collect::<Vec<_>>();
+            let from = since.map(|since| since.since().to_string());
+            let pending = since.map(|since| texts(&mut since.pending().iter().copied())).unwrap_or_default();
+            let skip = since.map(|since| texts(&mut since.skip())).unwrap_or_default();
+            let rows = self.poll.rows(&self.control, &[&from, &pending, &skip]).await.map_err(failed)?;
+            let mut rows = pin!(rows);
+            let (mut first, mut last) = (None, None);
+            let (mut xids, mut messages) = (BTreeSet::new(), 0);
+            while let Some(row) = rows.try_next().await.map_err(failed)? {
+                if let Some(message) = row.get("message") {
+                    read(message);
+                    messages += 1;
+                    xids.insert(row.get::<_, i64>("xid").cast_unsigned());
+                } else if first.is_none() {
+                    first = Some(row);
+                } else {
+                    last = Some(row);
+                }
+            }
+            let (Some(first), Some(last)) = (first, last) else {
+                return Err(Error::new(Kind::Refused, "polling the change log failed: its answer is not whole"));
+            };
+            let snapshot: String = first.get("snapshot");
+            Ok(Polled {
+                incarnation: read_incarnation(&first)?,
+                standby: first.get("standby"),
+                snapshot: snapshot.parse().map_err(|error: String| Error::new(Kind::Refused, error))?,
+                lsn: first.get::<_, i64>("lsn").cast_unsigned(),
+                horizon: first.get::<_, i64>("horizon").cast_unsigned(),
+                horizon_after: last.get::<_, i64>("horizon").cast_unsigned(),
+                read: xids,
+                messages,
+            })
+        })
+    }
+
+    fn trim(&self) -> Answer<'_, bool> {
+        Box::pin(async move {
+            let failed = |error| setup_error("trimming the change log failed", error);
+            let row = self.control.query_typed_one("select rowcache.trim_log()", &[]).await.map_err(failed)?;
+            Ok(row.get(0))
+        })
+    }
 }
 
 impl Sessions {
     /// A table as it is now.
     async fn describe(&self, name: &str) -> Result<Description> {
-        let row = self.control.query_one(&self.describe, &[&name]).await;
-        let row = row.map_err(|error| setup_error("verifying a table failed", error))?;
+        let failed = |error| setup_error("verifying a table failed", error);
+        let mut rows = pin!(self.describe.rows(&self.control, &[&name]).await.map_err(failed)?);
+        let row = rows.try_next().await.map_err(failed)?;
+        let row = row.ok_or_else(|| Error::new(Kind::Refused, "verifying a table failed: nothing was returned"))?;
+        // To its end: what is left unread is in the way of the next statement.
+        while rows.try_next().await.map_err(failed)?.is_some() {}
         Ok(Description {
             relation: row.get("relation"),
             relkind: row.get("relkind"),
@@ -291,6 +420,7 @@ impl Sessions {
             problems: row.get("problems"),
             fingerprint: row.get("fingerprint"),
             secret: row.get("secret"),
+            via: row.get("via"),
         })
     }
 }

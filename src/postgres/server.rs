@@ -6,7 +6,6 @@ use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row as _};
 use uuid::Uuid;
 
 use crate::{
-    change::CHANNEL,
     coherence::{Fence, Incarnation},
     config::Config,
     error::{Error, Kind, Result},
@@ -16,6 +15,7 @@ use crate::{
         line::{self, FENCE},
     },
     server::{Answer, Hear, Line, Server},
+    tables::Via,
 };
 
 /// A node's way to Postgres.
@@ -56,12 +56,15 @@ impl Server for Postgres {
         })
     }
 
-    fn notify(&self, payload: String) -> Answer<'_, ()> {
+    fn tell(&self, payload: String, via: Via) -> Answer<'_, ()> {
         Box::pin(async move {
-            let failed = |error| database_error("notifying on channel rowcache", error);
+            let (doing, tell) = match via {
+                Via::Notify => ("notifying on channel rowcache", "select pg_notify('rowcache', $1)"),
+                Via::Log => ("writing to the change log", "select rowcache.log_change($1)"),
+            };
+            let failed = |error| database_error(doing, error);
             let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
-            let notify = sqlx::query("select pg_notify($1, $2)").bind(CHANNEL).bind(payload);
-            notify.execute(&mut **connection).await.map_err(failed)?;
+            sqlx::query(tell).bind(payload).execute(&mut **connection).await.map_err(failed)?;
             connection.give_back();
             Ok(())
         })

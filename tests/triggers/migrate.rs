@@ -85,7 +85,7 @@ pg_test! {
         }
         assert_eq!(objects(&pool).await, all);
         let version: i32 = sqlx::query_scalar("select rowcache.schema_version()").fetch_one(&pool).await.expect("a version");
-        assert_eq!(version, 1);
+        assert_eq!(version, 2);
         db.execute("create table t (id int primary key); select rowcache.track('t')").await;
         let tracked = objects(&pool).await;
         assert_eq!(migrate::up(&pool).await.expect("up").len(), files(".up.sql").len());

@@ -75,7 +75,12 @@ impl State {
                     }
                 }
                 node.statements.retain(|it| it.nonce != sent);
-                let actions = node.coherence.fence_applied(nonce(sent), mark(horizon));
+                // With one transport, what is applied is both.
+                let under_way = node.coherence.under_way();
+                let mut actions = node.coherence.fence_applied(nonce(sent), mark(horizon));
+                if let Some(fence) = under_way.filter(|it| it.nonce == nonce(sent)) {
+                    actions.extend(node.coherence.fence_polled(fence, mark(horizon)));
+                }
                 node.perform(context, actions);
             }
         }
@@ -347,7 +352,8 @@ fn to_item(message: Message) -> Item {
 
 fn from_item(item: &Item) -> Message {
     match item {
-        Item::Overflow => Message::Everything,
+        Item::Overflow | Item::Missed => Message::Everything,
+        Item::Polled(..) => unreachable!("what is polled does not pass through a relay"),
         // A fence that nobody waits for: the production drops it. There is no fence 0.
         Item::Message(text) if text.starts_with('{') => Message::Fence { nonce: 0, horizon: Horizon::default() },
         Item::Message(text) => {

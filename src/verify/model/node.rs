@@ -227,6 +227,7 @@ impl State {
         let node = &mut state.node;
         let fence = node.coherence.next_fence(Boot::ZERO, nonce(1)).expect("the first fence is due");
         let mut actions = node.coherence.fence_checked(fence);
+        actions.extend(node.coherence.fence_polled(fence, mark(horizon)));
         actions.extend(node.coherence.fence_applied(nonce(1), mark(horizon)));
         node.perform(context, actions);
         state

@@ -201,8 +201,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "triggers-looked-at",
         protection: "a fence counts only when the triggers were looked at after it was sent (I4, X21)",
         file: "src/coherence.rs",
-        text: "take_if(|it| it.checked && it.applied.is_some())",
-        instead: "take_if(|it| it.applied.is_some())",
+        text: "take_if(|it| it.checked && it.applied.is_some() && it.polled.is_some())",
+        instead: "take_if(|it| it.applied.is_some() && it.polled.is_some())",
         catchers: &[Unit("a_fence_counts_when")],
     },
     Mutant {

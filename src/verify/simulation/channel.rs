@@ -1,6 +1,7 @@
 //! How nodes reach the servers, loads apart: lines that can be slow, silent or cut; fences; messages.
 
 use std::{
+    collections::BTreeSet,
     future::Future,
     pin::Pin,
     sync::{
@@ -20,10 +21,11 @@ use super::{
     world::World,
 };
 use crate::{
+    change_log::{Polled, Position},
     coherence::{Fence, Incarnation},
     error::{Error, Kind, Result},
     server::{Answer, Hear, Line, Received, Server},
-    tables::Trust,
+    tables::{Trust, Via},
     verify::history::NodeId,
 };
 
@@ -157,7 +159,7 @@ impl Server for SimServer {
         Box::pin(send(Arc::clone(&self.world), at, None, own_channel.to_owned(), fence))
     }
 
-    fn notify(&self, payload: String) -> Answer<'_, ()> {
+    fn tell(&self, payload: String, _: Via) -> Answer<'_, ()> {
         let at = self.world.lock().pool_at;
         Box::pin(async move {
             let sent = super::transaction::notify(Arc::clone(&self.world), at, None, move |_| payload, None);
@@ -235,9 +237,32 @@ impl Line for SimLine {
     fn verify<'a>(&'a self, _: &'a str) -> Answer<'a, Result<Trust, String>> {
         Box::pin(async move {
             let (catalogue, on) = self.ask(|server| (server.catalogue, server.triggers_on)).await?;
-            let trust = Trust { fingerprint: fingerprint(catalogue), key: KEY.into() };
+            let trust = Trust { fingerprint: fingerprint(catalogue), key: KEY.into(), ..Trust::default() };
             Ok(if on { Ok(trust) } else { Err("its triggers are off".into()) })
         })
+    }
+
+    fn poll<'a>(&'a self, _: Option<&'a Position>, _: &'a (dyn Fn(String) + Send + Sync)) -> Answer<'a, Polled> {
+        Box::pin(async move {
+            // No table is told by way of the log.
+            let (snapshot, lsn) = self.ask(|server| (server.snapshot(), server.lsn())).await?;
+            let snapshot = snapshot.parse().expect("a snapshot");
+            Ok(Polled {
+                incarnation: self.incarnation,
+                standby: false,
+                snapshot,
+                // Further than what the server says: `mark` takes one off.
+                lsn: lsn + 1,
+                horizon: 0,
+                horizon_after: 0,
+                read: BTreeSet::new(),
+                messages: 0,
+            })
+        })
+    }
+
+    fn trim(&self) -> Answer<'_, bool> {
+        Box::pin(async { Ok(true) })
     }
 }
 

@@ -173,7 +173,7 @@ async fn clock(shared: Arc<Shared>) {
 fn trust(world: &World) -> Trust {
     let inner = world.lock();
     let server = &inner.servers[inner.primary];
-    Trust { fingerprint: fingerprint(server.catalogue), key: KEY.into() }
+    Trust { fingerprint: fingerprint(server.catalogue), key: KEY.into(), ..Trust::default() }
 }
 
 pub(super) fn fingerprint(catalogue: u64) -> String {

@@ -1,0 +1,204 @@
+-- The change log: the second way in which triggers tell nodes what changed. A commit that notifies holds one lock of the
+-- whole server until it is flushed; a row that is inserted holds none.
+--
+-- A message is a row, written by the transaction that it tells of. Nodes read the log from snapshot to snapshot: what has
+-- become visible since the last time (poll). The order of numbers is not the order of commits, and time is neither.
+--
+-- The log has three bins. A transaction writes to the bin that its id names: 524288 ids to the first one, as many to the
+-- next, and round again. So while the third bin is written to, the first can be emptied with TRUNCATE, which costs nothing per
+-- row and leaves nothing to be vacuumed (trim_log).
+--
+-- Locks: none on tables of yours. May be run again.
+
+do $$
+begin
+  for bin in 0..2 loop
+    execute format($f$
+      create table if not exists rowcache.change_log_%1$s (
+        -- Of the whole transaction, also within a savepoint.
+        xid xid8 not null default pg_catalog.pg_current_xact_id(),
+        message text not null
+      ) with (autovacuum_enabled = off, toast.autovacuum_enabled = off);
+      create index if not exists change_log_%1$s_xid on rowcache.change_log_%1$s (xid);
+      comment on table rowcache.change_log_%1$s is 'A bin of the change log. Leave its rows out of dumps';
+      grant select, insert (message) on rowcache.change_log_%1$s to public;
+    $f$, bin);
+  end loop;
+end
+$$;
+
+create or replace view rowcache.change_log as
+select l.xid, l.message from rowcache.change_log_0 l
+union all
+select l.xid, l.message from rowcache.change_log_1 l
+union all
+select l.xid, l.message from rowcache.change_log_2 l;
+comment on view rowcache.change_log is 'What triggers of tables that were tracked with via => ''log'' have told';
+grant select on rowcache.change_log to public;
+
+-- A sequence, for what is put into it is seen at once, whatever snapshot one looks with.
+create sequence if not exists rowcache.log_horizon as bigint minvalue 0 start 0;
+comment on sequence rowcache.log_horizon is 'Messages of transactions below this id may have been removed';
+grant select on rowcache.log_horizon to public;
+
+create or replace function rowcache.log_change(message text) returns void
+  language plpgsql volatile
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+    case (pg_current_xact_id()::text::bigint >> 19) % 3
+      when 0 then insert into rowcache.change_log_0 (message) values (log_change.message);
+      when 1 then insert into rowcache.change_log_1 (message) values (log_change.message);
+      else insert into rowcache.change_log_2 (message) values (log_change.message);
+    end case;
+end
+$$;
+comment on function rowcache.log_change(text) is 'Puts a message into the change log, when and if this transaction commits';
+
+create or replace function rowcache.poll(since xid8, pending xid8[], skip xid8[])
+  returns table (canary uuid, started bigint, standby boolean, snapshot text, lsn bigint, horizon bigint, xid bigint, message text)
+  -- Volatile: each statement in here has a snapshot of its own, later than that of the one before.
+  language plpgsql volatile
+  set search_path = pg_catalog, pg_temp
+  -- A bin grows under a plan that was made while it was empty. What that says of costs is not to be compiled for.
+  set enable_seqscan = off
+  set jit = off
+as $$
+declare
+  seen pg_snapshot;
+  ended xid8;
+  first_range bigint;
+  last_range bigint;
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'the change log is polled with isolation %, not read committed', current_setting('transaction_isolation')
+      using errcode = 'object_not_in_prerequisite_state',
+        hint = format('Run: alter role %I set default_transaction_isolation = ''read committed''', current_user);
+  end if;
+
+  -- First what must be older than the snapshot: how far the log had been trimmed, and how far the database was.
+  select q.last_value into horizon from rowcache.log_horizon q;
+  standby := pg_is_in_recovery();
+  if standby then
+    lsn := pg_last_wal_replay_lsn() - '0/0'::pg_lsn;
+    canary := rowcache.standby_canary();
+  else
+    lsn := pg_current_wal_insert_lsn() - '0/0'::pg_lsn;
+    select c.id into canary from rowcache.canary c;
+  end if;
+  started := extract(epoch from pg_postmaster_start_time()) * 1000000;
+  seen := pg_current_snapshot();
+  snapshot := seen::text;
+  return next;
+
+  -- What was not seen the last time: transactions that began to be visible since, and those that were running then. On a
+  -- standby nobody knows which ones were running, only the oldest; those that were read are left out.
+  ended := pg_snapshot_xmax(seen);
+  if since is not null then
+    last_range := ended::text::bigint >> 19;
+    -- There are no more bins. Who comes later than that is told by the horizon.
+    first_range := greatest(least(since, (select min(p.xid) from unnest(pending) as p(xid)))::text::bigint >> 19, last_range - 2);
+    canary := null; started := null; standby := null; snapshot := null; lsn := null; horizon := null;
+    for range in first_range..last_range loop
+      case range % 3
+        when 0 then
+          for xid, message in
+            select l.xid::text::bigint, l.message from rowcache.change_log_0 l
+            where l.xid >= since and l.xid < ended and l.xid <> all (skip)
+            union all
+            select l.xid::text::bigint, l.message from rowcache.change_log_0 l where l.xid = any (pending)
+          loop
+            return next;
+          end loop;
+        when 1 then
+          for xid, message in
+            select l.xid::text::bigint, l.message from rowcache.change_log_1 l
+            where l.xid >= since and l.xid < ended and l.xid <> all (skip)
+            union all
+            select l.xid::text::bigint, l.message from rowcache.change_log_1 l where l.xid = any (pending)
+          loop
+            return next;
+          end loop;
+        else
+          for xid, message in
+            select l.xid::text::bigint, l.message from rowcache.change_log_2 l
+            where l.xid >= since and l.xid < ended and l.xid <> all (skip)
+            union all
+            select l.xid::text::bigint, l.message from rowcache.change_log_2 l where l.xid = any (pending)
+          loop
+            return next;
+          end loop;
+      end case;
+    end loop;
+  end if;
+
+  -- Last, what must be younger: whatever was removed before it could be read.
+  xid := null;
+  message := null;
+  select q.last_value into horizon from rowcache.log_horizon q;
+  return next;
+end
+$$;
+comment on function rowcache.poll(xid8, xid8[], xid8[]) is
+  'What has become visible in the change log: transactions from `since` on, without `skip`, and those of `pending`. First row: the snapshot up to which this is; last row: below which id messages may be missing';
+
+create or replace function rowcache.trim_log() returns boolean
+  -- Definer, because TRUNCATE is the owner's.
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  ended bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+  range bigint := ended >> 19;
+  kept_from bigint := greatest(range - 1, 0) << 19;
+begin
+  -- One beyond what there has been comes from the dump of another server.
+  if (select q.last_value between kept_from and ended from rowcache.log_horizon q) then
+    return true;
+  end if;
+  begin
+    -- Nobody waits for this, and it waits for nobody: who has written to that bin and not ended yet keeps it.
+    execute format('lock table rowcache.change_log_%s in access exclusive mode nowait', (range + 1) % 3);
+  exception when lock_not_available then
+    return false;
+  end;
+  -- Under the lock, and before the rows are gone: whoever misses them finds the horizon moved.
+  perform setval('rowcache.log_horizon', kept_from);
+  execute format('truncate rowcache.change_log_%s', (range + 1) % 3);
+  return true;
+end
+$$;
+comment on function rowcache.trim_log() is
+  'Empties the bin that is written to next, if that is due. False: somebody still uses it; try again. Anybody may call it';
+
+create or replace function rowcache.standby_canary() returns uuid
+  language sql stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select md5('standby ' || s.system_identifier || ' ' || d.oid)::uuid
+  from pg_control_system() s
+  cross join pg_database d
+  where d.datname = current_database()
+$$;
+comment on function rowcache.standby_canary() is
+  'Stands for the canary where that cannot be read. With the time at which the server was started it names one run of one standby';
+
+create or replace view rowcache.standby_stamp as
+select
+  case when pg_catalog.pg_is_in_recovery() then rowcache.standby_canary() end as canary,
+  (extract(epoch from pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint as started,
+  pg_catalog.current_setting('transaction_isolation') <> 'read committed'
+    and pg_catalog.current_setting('transaction_isolation') <> pg_catalog.current_setting('default_transaction_isolation')
+    as dirty,
+  (pg_catalog.pg_last_wal_replay_lsn() - '0/0'::pg_catalog.pg_lsn)::bigint as lsn;
+comment on view rowcache.standby_stamp is
+  'As rowcache.stamp, for reads on a standby. canary: null once it has been promoted. lsn: read after the snapshot was taken';
+grant select on rowcache.standby_stamp to public;
+
+create or replace function rowcache.schema_version() returns int
+  language sql immutable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 2
+$$;
+comment on function rowcache.schema_version() is 'The version of the objects in this schema; last, so that it stands for all of them';
