@@ -84,7 +84,7 @@ begin
     canary := rowcache.standby_canary();
   else
     lsn := pg_current_wal_insert_lsn() - '0/0'::pg_lsn;
-    select c.id into canary from rowcache.canary c;
+    select s.canary into canary from rowcache.stamp s;
   end if;
   started := extract(epoch from pg_postmaster_start_time()) * 1000000;
   seen := pg_current_snapshot();

@@ -16,11 +16,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::{
-    change::Mark,
-    coherence::Incarnation,
-    snapshot::Snapshot,
-};
+use crate::{change::Mark, coherence::Incarnation, snapshot::Snapshot};
 
 /// Up to where the log has been read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,7 +84,9 @@ impl Position {
     pub(crate) fn after(last: Option<&Self>, polled: Polled) -> (Self, Continuity) {
         let continuity = match last {
             None => Continuity::Kept,
-            Some(last) if last.incarnation != polled.incarnation || last.standby != polled.standby => Continuity::Broken,
+            Some(last) if last.incarnation != polled.incarnation || last.standby != polled.standby => {
+                Continuity::Broken
+            }
             Some(last) if last.may_have_missed(&polled) => Continuity::Broken,
             Some(_) => Continuity::Kept,
         };

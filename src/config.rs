@@ -185,8 +185,7 @@ impl Config {
         if self.loads_max > COUNT_MAX || self.events_max > COUNT_MAX {
             return wrong("`loads_max` and `events_max` must be at most a million");
         }
-        let times =
-            [self.beat, self.beat_timeout, self.lease, self.fence_spacing, self.load_timeout, self.poll_max];
+        let times = [self.beat, self.beat_timeout, self.lease, self.fence_spacing, self.load_timeout, self.poll_max];
         if times.iter().any(|it| *it > YEAR) {
             return wrong(
                 "`beat`, `beat_timeout`, `lease`, `fence_spacing`, `load_timeout` and `poll_max` must be at most a year",

@@ -129,11 +129,7 @@ impl Drop for Held<'_> {
 }
 
 /// Sends fences and verifies triggers until there is a gap.
-async fn beat(
-    shared: &Shared,
-    poller: &mut Poller,
-    ready: &mut Option<oneshot::Sender<Result<()>>>,
-) -> Result<()> {
+async fn beat(shared: &Shared, poller: &mut Poller, ready: &mut Option<oneshot::Sender<Result<()>>>) -> Result<()> {
     let mut checked = true;
     let mut proved = false;
     loop {

@@ -134,8 +134,14 @@ impl Node {
         let judge = Arc::clone(shared);
         // Without a line nobody knows which server is the right one.
         let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
-        let source =
-            Rows::new(self.postgres.pool.clone(), &tracked, store.is_audited, shared.config.load_timeout, ours);
+        let source = Rows::new(
+            self.postgres.pool.clone(),
+            &tracked,
+            store.is_audited,
+            shared.config.load_timeout,
+            Arc::clone(&self.postgres.standby),
+            ours,
+        );
         let table = Table::new(Arc::clone(&self.handle), store, Arc::new(source), &tracked.name, options.fallback);
         if is_new && options.refill > 0 {
             let store = Arc::downgrade(&table.store);

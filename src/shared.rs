@@ -499,7 +499,9 @@ impl Shared {
             payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
         }
         let limit = self.config.load_timeout;
-        let late = |_| Err(Error::new(Kind::Timeout, format!("telling all nodes took longer than {limit:?} (`load_timeout`)")));
+        let late = |_| {
+            Err(Error::new(Kind::Timeout, format!("telling all nodes took longer than {limit:?} (`load_timeout`)")))
+        };
         for via in [Via::Notify, Via::Log] {
             if self.tables.is_told(change.table.as_deref(), via) {
                 timeout(limit, self.server.tell(payload.clone(), via)).await.unwrap_or_else(late)?;

@@ -81,9 +81,12 @@ mod tests {
 
     #[test]
     fn what_both_see() {
-        for (one, two) in
-            [("10:20:10,14", "12:18:12,17"), ("10:10:", "10:10:"), ("5:6:5", "9:30:9,12"), ("10:20:10,14", "10:20:10,14")]
-        {
+        for (one, two) in [
+            ("10:20:10,14", "12:18:12,17"),
+            ("10:10:", "10:10:"),
+            ("5:6:5", "9:30:9,12"),
+            ("10:20:10,14", "10:20:10,14"),
+        ] {
             let parse = |text: &str| text.parse::<Snapshot>().expect("a snapshot");
             let (one, two) = (parse(one), parse(two));
             let (both, again) = (one.common(&two), two.common(&one));

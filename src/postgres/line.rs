@@ -21,12 +21,12 @@ use std::{
     time::Duration,
 };
 
+use futures_util::TryStreamExt as _;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     task::JoinHandle,
     time::timeout,
 };
-use futures_util::TryStreamExt as _;
 use tokio_postgres::{
     AsyncMessage, Client, Connection, Row, RowStream, Statement,
     error::SqlState,
@@ -74,6 +74,8 @@ pub(crate) const FENCE: &str = "select pg_catalog.pg_notify($1, pg_catalog.json_
 /// Both connections, listening.
 pub(crate) struct Sessions {
     incarnation: Incarnation,
+    /// What nodes that listen refuse.
+    pub(crate) standby: bool,
     control: Client,
     /// Says nothing any more, but dropping it would end its connection.
     _listener: Option<Client>,
@@ -200,37 +202,52 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
     let describe = Ask::new(&control, prepared, DESCRIBE, &[Type::TEXT], checks).await?;
     let poll_types = &[Type::TEXT, Type::TEXT_ARRAY, Type::TEXT_ARRAY];
     let poll = Ask::new(&control, prepared, POLL, poll_types, "the poll of the change log").await?;
-    let incarnation = match incarnation {
-        Some(incarnation) => incarnation,
+    let (incarnation, standby) = match incarnation {
+        Some(incarnation) => (incarnation, false),
         None => look_around(&control).await?,
     };
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
-    Ok(Sessions { incarnation, control, _listener: listener, phase, fence, fingerprints, describe, poll, tasks })
+    Ok(Sessions {
+        incarnation,
+        standby,
+        control,
+        _listener: listener,
+        phase,
+        fence,
+        fingerprints,
+        describe,
+        poll,
+        tasks,
+    })
 }
 
-/// For a node that does not listen: which server it is on, primary or standby. Changes nothing of the session, which may be others'
-/// too.
-async fn look_around(control: &Client) -> Result<Incarnation> {
+/// For a node that does not listen: which server it is on, and whether that is a standby. Changes nothing of the session, which may
+/// be others' too.
+async fn look_around(control: &Client) -> Result<(Incarnation, bool)> {
     let setup = |error| setup_error("setting up the session that polls failed", error);
     check_version(control.query_typed_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0))?;
     let standby: bool = control.query_typed_one("select pg_is_in_recovery()", &[]).await.map_err(setup)?.get(0);
     if !standby {
         control.query_typed_one("select rowcache.incarnation()", &[]).await.map_err(setup)?;
     }
-    let stamp = if standby {
-        "select canary, started from rowcache.standby_stamp"
-    } else {
-        "select canary, started from rowcache.stamp"
-    };
-    read_incarnation(&control.query_typed_one(stamp, &[]).await.map_err(setup)?)
+    let stamp = format!("select canary, started from {}", stamp_view(standby));
+    Ok((read_incarnation(&control.query_typed_one(&stamp, &[]).await.map_err(setup)?)?, standby))
+}
+
+/// Where the stamp of a statement comes from. The primary's cannot be read on a standby, and the standby's is empty on a primary.
+pub(crate) fn stamp_view(standby: bool) -> &'static str {
+    if standby { "rowcache.standby_stamp" } else { "rowcache.stamp" }
 }
 
 fn read_incarnation(row: &Row) -> Result<Incarnation> {
     let canary: Option<Uuid> = row.get("canary");
     let canary = canary.ok_or_else(|| {
-        Error::new(Kind::Unavailable, "the canary of schema `rowcache` disappeared while it was read, or a standby was promoted")
+        Error::new(
+            Kind::Unavailable,
+            "the canary of schema `rowcache` disappeared while it was read, or a standby was promoted",
+        )
     })?;
     Ok(Incarnation { canary, started: row.get("started") })
 }

@@ -1,6 +1,6 @@
 //! Loads rows by key: one statement for one key, one statement for many.
 //!
-//! Each statement also returns its *stamp* (view `rowcache.stamp`): the incarnation of the server that
+//! Each statement also returns its *stamp* (view `rowcache.stamp`, or `rowcache.standby_stamp`): the incarnation of the server that
 //! answered, and whether the statement could see changes of its own that may yet be rolled back.
 
 use std::{
@@ -8,6 +8,10 @@ use std::{
     collections::HashMap,
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,7 +27,7 @@ use crate::{
     digest::Digest,
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
-    postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent},
+    postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent, line::stamp_view},
     source::{Digesting, Digests, Loaded, Loading, Source, Stamp},
 };
 
@@ -31,8 +35,11 @@ use crate::{
 pub(crate) struct Rows<K, V> {
     pool: PgPool,
     table: String,
-    one: String,
-    many: String,
+    /// On a primary.
+    sql: Sql,
+    sql_on_standby: Sql,
+    /// Which of the two.
+    standby: Arc<AtomicBool>,
     key_types: Vec<KeyType>,
     /// Its keys are secrets: errors, which are logged, do not show them.
     hides_keys: bool,
@@ -44,6 +51,12 @@ pub(crate) struct Rows<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
+/// The statements of a table.
+struct Sql {
+    one: String,
+    many: String,
+}
+
 /// Canary, start of the server, dirty, position in the log.
 const STAMP_COLUMNS: usize = 4;
 
@@ -53,14 +66,33 @@ impl<K: Key, V> Rows<K, V> {
         table: &TrackedTable,
         takes_digests: bool,
         timeout: Duration,
+        standby: Arc<AtomicBool>,
         ours: impl Fn(Option<Incarnation>) -> bool + Send + Sync + 'static,
     ) -> Self {
+        Self {
+            pool,
+            table: table.name.clone(),
+            sql: Sql::new::<K>(table, stamp_view(false)),
+            sql_on_standby: Sql::new::<K>(table, stamp_view(true)),
+            standby,
+            key_types: K::types(),
+            hides_keys: table.secret.is_some(),
+            takes_digests,
+            timeout,
+            ours: Box::new(ours),
+            types: PhantomData,
+        }
+    }
+}
+
+impl Sql {
+    fn new<K: Key>(table: &TrackedTable, stamp: &str) -> Self {
         let columns: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
         let keys: String =
             columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
         let select = format!(
             "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
-             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from rowcache.stamp s left join "
+             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from {stamp} s left join "
         );
         let name = &table.name;
         let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = ${}", n + 1)).collect();
@@ -79,18 +111,7 @@ impl<K: Key, V> Rows<K, V> {
                 equal.join(" and ")
             )
         };
-        Self {
-            pool,
-            table: table.name.clone(),
-            one,
-            many,
-            key_types: K::types(),
-            hides_keys: table.secret.is_some(),
-            takes_digests,
-            timeout,
-            ours: Box::new(ours),
-            types: PhantomData,
-        }
+        Self { one, many }
     }
 }
 
@@ -234,8 +255,9 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     }
 
     fn query(&self, keys: &[K]) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
+        let sql = if self.standby.load(Ordering::Relaxed) { &self.sql_on_standby } else { &self.sql };
         if let [key] = keys {
-            let query = sqlx::query(AssertSqlSafe(self.one.clone()));
+            let query = sqlx::query(AssertSqlSafe(sql.one.clone()));
             return key.to_parts().into_iter().zip(&self.key_types).fold(query, |query, (part, of)| match (part, of) {
                 (KeyPart::Int(value), KeyType::Int2) => query.bind(narrow::<i16>(value)),
                 (KeyPart::Int(value), KeyType::Int4) => query.bind(narrow::<i32>(value)),
@@ -250,7 +272,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                 column.push(part);
             }
         }
-        let query = sqlx::query(AssertSqlSafe(self.many.clone()));
+        let query = sqlx::query(AssertSqlSafe(sql.many.clone()));
         columns.into_iter().zip(&self.key_types).fold(query, |query, (column, of)| {
             let column = column.into_iter();
             match of {

@@ -1,6 +1,13 @@
 //! The database of a node, with SQL and sockets: its pools, and its lines.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row as _};
 use uuid::Uuid;
@@ -25,23 +32,29 @@ pub(crate) struct Postgres {
     pub(crate) pool: PgPool,
     /// Connections of [`Transaction`](crate::Transaction)s, on which code of the user runs.
     pub(crate) writes: PgPool,
+    /// Whether the last line is on a standby.
+    pub(crate) standby: Arc<AtomicBool>,
 }
 
 impl Postgres {
     pub(crate) fn new(config: Config) -> Self {
         let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
         let writes = config.write_pool.clone().connect_lazy_with(config.pool_connect.clone());
-        Self { config, pool, writes }
+        Self { config, pool, writes, standby: Arc::default() }
     }
 }
 
 impl Server for Postgres {
     fn open<'a>(&'a self, own_channel: &'a str, hear: Arc<dyn Hear>) -> Answer<'a, Arc<dyn Line>> {
-        Box::pin(async move { Ok(Arc::new(line::open(&self.config, own_channel, hear).await?) as Arc<dyn Line>) })
+        Box::pin(async move {
+            let line = line::open(&self.config, own_channel, hear).await?;
+            self.standby.store(line.standby, Ordering::Relaxed);
+            Ok(Arc::new(line) as Arc<dyn Line>)
+        })
     }
 
     fn reaches(&self, listening: Incarnation) -> Answer<'_, ()> {
-        Box::pin(reach_same_server(&self.pool, listening))
+        Box::pin(reach_same_server(&self.pool, listening, self.standby.load(Ordering::Relaxed)))
     }
 
     fn probe<'a>(&'a self, own_channel: &'a str, fence: Fence) -> Answer<'a, bool> {
@@ -84,7 +97,7 @@ const UNLOGGED_ON_STANDBY: &str = "0A000";
 
 /// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
 /// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
-async fn reach_same_server(pool: &PgPool, listening: Incarnation) -> Result<()> {
+async fn reach_same_server(pool: &PgPool, listening: Incarnation, standby: bool) -> Result<()> {
     let failed = |error| database_error("connecting the pool", error);
     let mut outcome = Err(Error::new(
         Kind::Config,
@@ -92,8 +105,8 @@ async fn reach_same_server(pool: &PgPool, listening: Incarnation) -> Result<()> 
     ));
     for _ in 0..=pool.size() {
         let mut connection = Lent::acquire(pool).await.map_err(failed)?;
-        let stamp = sqlx::query("select canary, started from rowcache.stamp").fetch_one(&mut **connection).await;
-        match stamp {
+        let stamp = AssertSqlSafe(format!("select canary, started from {}", line::stamp_view(standby)));
+        match sqlx::query(stamp).fetch_one(&mut **connection).await {
             Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
             Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
                 let what = "the pool reached a standby, whose rows lag behind; connect it to the primary";
