@@ -85,9 +85,9 @@ impl Position {
         let continuity = match last {
             None => Continuity::Kept,
             Some(last) if last.incarnation != polled.incarnation || last.standby != polled.standby => {
-                Continuity::Broken
+                Continuity::OtherServer
             }
-            Some(last) if last.may_have_missed(&polled) => Continuity::Broken,
+            Some(last) if last.may_have_missed(&polled) => Continuity::Trimmed,
             Some(_) => Continuity::Kept,
         };
         let mut read = BTreeSet::new();
@@ -118,8 +118,10 @@ impl Position {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Continuity {
     Kept,
-    /// Messages may have been removed before they were read, or are those of another server: nothing that is held can be trusted.
-    Broken,
+    /// Messages may have been removed before they were read. Nothing that is held can be trusted.
+    Trimmed,
+    /// What was read before is the past of another server, or of one that has lost commits. Nothing that is held can be trusted.
+    OtherServer,
 }
 
 #[cfg(all(test, not(shuttle)))]

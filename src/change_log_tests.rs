@@ -47,9 +47,9 @@ fn on_a_standby_what_was_read_is_skipped_until_nobody_asks_for_it() {
 fn another_server_breaks_it_and_so_does_a_promotion() {
     let at = begin("9:9:");
     let (_, other) = Position::after(Some(&at), Polled { incarnation: incarnation(2), ..polled("9:9:", &[]) });
-    assert_eq!(other, Continuity::Broken);
+    assert_eq!(other, Continuity::OtherServer);
     let (_, promoted) = Position::after(Some(&at), Polled { standby: true, ..polled("9:9:", &[]) });
-    assert_eq!(promoted, Continuity::Broken);
+    assert_eq!(promoted, Continuity::OtherServer);
 }
 
 #[test]
@@ -60,8 +60,8 @@ fn removed_before_it_was_read() {
     let at = begin("7:20:7,12");
     assert_eq!(trimmed(&at, "7:30:7,12", 0), Continuity::Kept);
     assert_eq!(trimmed(&at, "7:30:7,12", 20), Continuity::Kept, "all below was seen, or runs");
-    assert_eq!(trimmed(&at, "7:30:7,12", 21), Continuity::Broken, "20 may have been removed");
-    assert_eq!(trimmed(&at, "12:30:12", 8), Continuity::Broken, "7 has ended since");
+    assert_eq!(trimmed(&at, "7:30:7,12", 21), Continuity::Trimmed, "20 may have been removed");
+    assert_eq!(trimmed(&at, "12:30:12", 8), Continuity::Trimmed, "7 has ended since");
     assert_eq!(trimmed(&at, "12:30:12", 7), Continuity::Kept, "7 is kept");
     assert_eq!(trimmed(&at, "7:30:7", 12), Continuity::Kept, "12 is kept");
     assert_eq!(trimmed(&at, "7:20:7,12", 21), Continuity::Kept, "there has been no 20");
@@ -76,7 +76,7 @@ fn on_a_standby_whatever_ran_may_have_been_removed() {
         let polled = Polled { standby: true, horizon_after: below, ..polled("30:30:", &[]) };
         Position::after(Some(&at), polled).1
     };
-    assert_eq!((trimmed(7), trimmed(8)), (Continuity::Kept, Continuity::Broken));
+    assert_eq!((trimmed(7), trimmed(8)), (Continuity::Kept, Continuity::Trimmed));
 }
 
 #[test]

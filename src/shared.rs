@@ -247,13 +247,7 @@ impl Shared {
                 }
                 return self.step(|coherence| coherence.fence_polled(fence, mark));
             }
-            Item::Missed => {
-                tracing::warn!(
-                    "the change log, or its server, is not the one that was read last, or was trimmed meanwhile; everything held \
-                     was forgotten"
-                );
-                self.apply_message(Message::Change(everything()))
-            }
+            Item::Missed => self.apply_message(Message::Change(everything())),
             Item::Overflow => {
                 self.counters.overflows.add(1);
                 if let Some(held_back) = self.overflows.pass(self.host.now()) {

@@ -71,7 +71,12 @@ impl Poller {
         }
         let (messages, mark, range, standby) = (polled.messages, polled.mark(), polled.range(), polled.standby);
         let (position, continuity) = Position::after(self.position.as_ref(), polled);
-        if continuity == Continuity::Broken {
+        if continuity == Continuity::Trimmed {
+            tracing::warn!(
+                "the change log was trimmed while this node could not read it; everything held was forgotten"
+            );
+        }
+        if continuity != Continuity::Kept {
             shared.inbox.push(Item::Missed);
         }
         if let Some(fence) = fence {

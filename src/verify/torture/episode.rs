@@ -60,7 +60,7 @@ pub(super) struct Run {
 impl Run {
     pub(super) async fn start(options: &Options, seed: u64) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("rowcache-torture-").tempdir()?;
-        let world = World::new(options.postgres_bin.clone()).await?;
+        let world = World::new(options.postgres_bin.clone(), options.log).await?;
         eprintln!("Postgres {}, {} nodes, seed {seed}", world.server.version(), options.nodes);
         let nodes = Nodes::start(options.nodes, &world, directory.path(), seed).await?;
         let notes_in = options.notes.clone().unwrap_or_else(std::env::temp_dir);

@@ -70,6 +70,10 @@ pub(super) struct Options {
     /// Node processes: in turn one with room for all, one that evicts, and one with two lines.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=12))]
     nodes: u32,
+    /// All tables are told by way of the change log, and every second node does not listen. Default: one of three tables, and all
+    /// nodes do.
+    #[arg(long)]
+    log: bool,
     /// Only these faults.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     faults: Vec<Fault>,
@@ -122,8 +126,9 @@ async fn run(options: &Options) -> Result<ExitCode> {
         let bin =
             options.postgres_bin.as_ref().map(|dir| format!(" --postgres-bin {}", dir.display())).unwrap_or_default();
         println!(
-            "again: rowcache-verify torture --seed {seed} --episodes 5 --nodes {} --faults {fault}{bin}",
-            options.nodes
+            "again: rowcache-verify torture --seed {seed} --episodes 5 --nodes {} --faults {fault}{}{bin}",
+            options.nodes,
+            if options.log { " --log" } else { "" }
         );
         return Ok(ExitCode::FAILURE);
     }

@@ -75,13 +75,13 @@ impl Nodes {
         let (all, notebook) = Default::default();
         let mut nodes = Self { all, notebook, tokens, directory: directory.to_owned(), next: 0, seed };
         for n in 0..count {
-            let node = nodes.launch(world, Kind::of(n)).await?;
+            let node = nodes.launch(world, n).await?;
             nodes.all.push(node);
         }
         Ok(nodes)
     }
 
-    async fn launch(&mut self, world: &World, kind: Kind) -> Result<NodeProcess> {
+    async fn launch(&mut self, world: &World, n: u32) -> Result<NodeProcess> {
         let id = self.next;
         self.next += 1;
         let (pool, listener) = (Proxy::start(world.server.port()).await, Proxy::start(world.server.port()).await);
@@ -90,7 +90,8 @@ impl Nodes {
             id,
             origin: world.origin,
             seed: self.seed ^ u64::from(id) << 32,
-            kind,
+            kind: Kind::of(n),
+            listens: !world.log_only || n % 2 == 0,
             pool: pool.url(&url),
             listener: listener.url(&url),
         };
@@ -115,8 +116,7 @@ impl Nodes {
         let node = &mut self.all[n];
         node.child.start_kill()?;
         node.child.wait().await?;
-        let kind = Kind::of(u32::try_from(n)?);
-        self.all[n] = self.launch(world, kind).await?;
+        self.all[n] = self.launch(world, u32::try_from(n)?).await?;
         Ok(())
     }
 

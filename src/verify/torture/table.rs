@@ -24,10 +24,16 @@ pub(super) struct Place {
 pub(super) const PLACES: [Place; 3] = [
     Place { name: "torture.item", first: 1, keys: 120, how: "max_keys => 40" },
     Place { name: "torture.secret", first: 1001, keys: 60, how: "max_keys => 20, hash_keys => true" },
-    Place { name: "torture.lone", first: 2001, keys: 40, how: "level => 'row'" },
+    Place { name: "torture.lone", first: 2001, keys: 40, how: "level => 'row', via => 'log'" },
 ];
 
 impl Place {
+    /// The statement that tracks it.
+    pub(super) fn track(&self, log_only: bool) -> String {
+        let via = if log_only && !self.how.contains("via") { ", via => 'log'" } else { "" };
+        format!("select rowcache.track('{}', {}{via})", self.name, self.how)
+    }
+
     /// Whose row this is.
     pub(super) fn of(key: Key) -> usize {
         usize::try_from(key / 1000).unwrap_or_default().min(PLACES.len() - 1)

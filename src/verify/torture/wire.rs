@@ -15,6 +15,8 @@ pub(super) struct Setup {
     pub(super) origin: Time,
     pub(super) seed: u64,
     pub(super) kind: Kind,
+    /// It hears NOTIFY.
+    pub(super) listens: bool,
     /// For loads and transactions.
     pub(super) pool: String,
     /// For the line.
@@ -62,7 +64,8 @@ impl Setup {
         config.load_timeout = LOAD_TIMEOUT;
         config.inbox_bytes_max = INBOX_MAX;
         config.events_max = 65_536;
-        config.redundant_listener = self.kind == Kind::Redundant;
+        config.listen = self.listens;
+        config.redundant_listener = self.listens && self.kind == Kind::Redundant;
         Ok(config)
     }
 }

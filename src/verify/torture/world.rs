@@ -42,11 +42,13 @@ pub(super) struct World {
     pub(super) origin: Time,
     pub(super) timeline: Timeline,
     pub(super) phase: watch::Sender<Phase>,
+    /// All tables are told by way of the change log, and not the last one alone.
+    pub(super) log_only: bool,
     run: u32,
 }
 
 impl World {
-    pub(super) async fn new(bin: Option<PathBuf>) -> Result<Self> {
+    pub(super) async fn new(bin: Option<PathBuf>, log_only: bool) -> Result<Self> {
         let mut options = TempServer::options();
         if let Some(bin) = bin {
             options = options.bin_dir(bin);
@@ -59,8 +61,8 @@ impl World {
         let client = connect(&server.admin_url(), "torture admin").await?;
         client.batch_execute(SCHEMA).await?;
         for place in &PLACES {
-            let (name, how) = (place.name, place.how);
-            client.batch_execute(&format!("select rowcache.track('{name}', {how})")).await?;
+            let name = place.name;
+            client.batch_execute(&place.track(log_only)).await?;
             client
                 .batch_execute(&format!(
                     "with w as (insert into {name} (key, number) select key, 1 from unnest({}) key returning key)
@@ -71,7 +73,7 @@ impl World {
         }
         let timeline = Timeline::new(server.port());
         let phase = watch::Sender::new(Phase::Stop);
-        Ok(Self { server, former: None, origin: machine_time(), timeline, phase, run: 0 })
+        Ok(Self { server, former: None, origin: machine_time(), timeline, phase, log_only, run: 0 })
     }
 
     pub(super) fn now(&self) -> Time {

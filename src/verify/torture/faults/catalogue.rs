@@ -16,7 +16,7 @@ use crate::verify::torture::{
 pub(super) async fn change(world: &mut World, rng: &mut StdRng) -> Result<Done> {
     let place = Place::any(rng);
     let name = place.name;
-    let track = format!("select rowcache.track('{name}', {})", place.how);
+    let track = place.track(world.log_only);
     let client = world.client().await?;
     let what = [
         ("one trigger off and on", format!("alter table {name} disable trigger zz_rowcache_update"), track.clone()),

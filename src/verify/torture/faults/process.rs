@@ -37,7 +37,11 @@ impl Drop for Stopped {
 
 pub(super) async fn freeze_listener(world: &World, nodes: &Nodes, rng: &mut StdRng) -> Result<Done> {
     let id = choose(&nodes.all, rng).context("there are nodes")?.id;
-    let pids = backends(world, &format!("torture {id} (listener%"), "true").await?;
+    // Of a node that does not listen, the one that polls.
+    let pids = match &backends(world, &format!("torture {id} (listener%"), "true").await?[..] {
+        [] => backends(world, &format!("torture {id} (control%"), "true").await?,
+        listeners => listeners.to_vec(),
+    };
     let pid = *choose(&pids, rng).context("it has a listener")?;
     let stopped = Stopped::new(pid)?;
     // Longer than reads may be behind: the lease has to end it.
