@@ -88,7 +88,8 @@ impl Run {
         let notes = std::mem::take(&mut *self.nodes.notebook.open());
         let lines_lost = count_lines(&notes);
         self.tally.note_reads(&notes);
-        let (history, mut wrong) = notes::history(notes, &quiet, &self.world.timeline, &survivors, &mut self.base);
+        let (history, mut wrong) =
+            notes::history(notes, &quiet, &self.world.timeline, &survivors, &mut self.base, self.world.log_only);
         self.tally.note_writes(&history.writes);
         let report = checker::check(&history, Promises { staleness_bound: nanos(STALENESS_BOUND) });
         wrong.extend(quiet.iter().flat_map(|(id, quiet)| quiet.wrong.iter().map(move |it| format!("node {id}: {it}"))));

@@ -8,6 +8,7 @@ use std::{
 use super::{
     super::history::{History, Key, Mode, NodeId, Noted, Outcome, Read, Time, Version, Write},
     nodes::Notes,
+    table::{PLACES, Place},
     timeline::Timeline,
     wire::{Asked, Attempt, Quiet, RawNote, RawRead},
     world::Survivors,
@@ -42,6 +43,7 @@ pub(super) fn history(
     timeline: &Timeline,
     survivors: &Survivors,
     base: &mut Base,
+    log_only: bool,
 ) -> (History, Vec<String>) {
     let mut wrong = std::mem::take(&mut notes.wrong);
     let mut history = History { writes: base.values().cloned().collect(), ..History::default() };
@@ -71,7 +73,8 @@ pub(super) fn history(
             start: read.start,
             end: read.end,
             seen: read.seen.map(|number| version(read.key, number)),
-            loaded: read.loaded,
+            // What is told by way of the log may be served again after a gap: what happened meanwhile was read.
+            loaded: read.loaded.filter(|_| !PLACES[Place::of(read.key)].is_logged(log_only)),
             snapshot: (read.asked == Asked::Snapshot && !doubtful).then_some(u64::from(*node) << 40 | read.call),
         });
     }

@@ -19,7 +19,7 @@ fn survivors(history: &[(u64, u64)]) -> Survivors {
 }
 
 fn made(notes: Notes, timeline: &Timeline, survivors: &Survivors) -> (History, Vec<String>) {
-    history(notes, &[], timeline, survivors, &mut Base::new())
+    history(notes, &[], timeline, survivors, &mut Base::new(), false)
 }
 
 fn outcomes(history: &History) -> Vec<(Version, Outcome)> {
