@@ -60,14 +60,15 @@ create or replace function rowcache.poll(since xid8, pending xid8[], skip xid8[]
   -- Volatile: each statement in here has a snapshot of its own, later than that of the one before.
   language plpgsql volatile
   set search_path = pg_catalog, pg_temp
-  -- A bin grows under a plan that was made while it was empty. What that says of costs is not to be compiled for.
+  -- To plan the search in a bin takes longer than the search. But a bin grows under a plan that was made while it was empty, so
+  -- that plan must not be to read all of it; and what that says of costs is not to be compiled for.
+  set plan_cache_mode = force_generic_plan
   set enable_seqscan = off
   set jit = off
 as $$
 declare
   seen pg_snapshot;
   ended xid8;
-  first_range bigint;
   last_range bigint;
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
@@ -77,14 +78,14 @@ begin
   end if;
 
   -- First what must be older than the snapshot: how far the log had been trimmed, and how far the database was.
-  select q.last_value into horizon from rowcache.log_horizon q;
   standby := pg_is_in_recovery();
   if standby then
     lsn := pg_last_wal_replay_lsn() - '0/0'::pg_lsn;
     canary := rowcache.standby_canary();
+    select q.last_value into horizon from rowcache.log_horizon q;
   else
     lsn := pg_current_wal_insert_lsn() - '0/0'::pg_lsn;
-    select s.canary into canary from rowcache.stamp s;
+    select q.last_value, s.canary into horizon, canary from rowcache.log_horizon q cross join rowcache.stamp s;
   end if;
   started := extract(epoch from pg_postmaster_start_time()) * 1000000;
   seen := pg_current_snapshot();
@@ -96,47 +97,38 @@ begin
   ended := pg_snapshot_xmax(seen);
   if since is not null then
     last_range := ended::text::bigint >> 19;
-    -- There are no more bins. Who comes later than that is told by the horizon.
-    first_range := greatest(least(since, (select min(p.xid) from unnest(pending) as p(xid)))::text::bigint >> 19, last_range - 2);
-    canary := null; started := null; standby := null; snapshot := null; lsn := null; horizon := null;
-    for range in first_range..last_range loop
+    -- The first one of `pending` is the oldest. There are no more than three bins: who comes later than that is told by the horizon.
+    for range in greatest(least(since, pending[1])::text::bigint >> 19, last_range - 2)..last_range loop
       case range % 3
         when 0 then
-          for xid, message in
-            select l.xid::text::bigint, l.message from rowcache.change_log_0 l
-            where l.xid >= since and l.xid < ended and l.xid <> all (skip)
+          return query
+            select null::uuid, null::bigint, null::boolean, null::text, null::bigint, null::bigint, l.xid::text::bigint, l.message
+            from rowcache.change_log_0 l where l.xid >= since and l.xid < ended and l.xid <> all (skip)
             union all
-            select l.xid::text::bigint, l.message from rowcache.change_log_0 l where l.xid = any (pending)
-          loop
-            return next;
-          end loop;
+            select null, null, null, null, null, null, l.xid::text::bigint, l.message
+            from rowcache.change_log_0 l where l.xid = any (pending);
         when 1 then
-          for xid, message in
-            select l.xid::text::bigint, l.message from rowcache.change_log_1 l
-            where l.xid >= since and l.xid < ended and l.xid <> all (skip)
+          return query
+            select null::uuid, null::bigint, null::boolean, null::text, null::bigint, null::bigint, l.xid::text::bigint, l.message
+            from rowcache.change_log_1 l where l.xid >= since and l.xid < ended and l.xid <> all (skip)
             union all
-            select l.xid::text::bigint, l.message from rowcache.change_log_1 l where l.xid = any (pending)
-          loop
-            return next;
-          end loop;
+            select null, null, null, null, null, null, l.xid::text::bigint, l.message
+            from rowcache.change_log_1 l where l.xid = any (pending);
         else
-          for xid, message in
-            select l.xid::text::bigint, l.message from rowcache.change_log_2 l
-            where l.xid >= since and l.xid < ended and l.xid <> all (skip)
+          return query
+            select null::uuid, null::bigint, null::boolean, null::text, null::bigint, null::bigint, l.xid::text::bigint, l.message
+            from rowcache.change_log_2 l where l.xid >= since and l.xid < ended and l.xid <> all (skip)
             union all
-            select l.xid::text::bigint, l.message from rowcache.change_log_2 l where l.xid = any (pending)
-          loop
-            return next;
-          end loop;
+            select null, null, null, null, null, null, l.xid::text::bigint, l.message
+            from rowcache.change_log_2 l where l.xid = any (pending);
       end case;
     end loop;
   end if;
 
   -- Last, what must be younger: whatever was removed before it could be read.
-  xid := null;
-  message := null;
-  select q.last_value into horizon from rowcache.log_horizon q;
-  return next;
+  return query
+    select null::uuid, null::bigint, null::boolean, null::text, null::bigint, q.last_value, null::bigint, null::text
+    from rowcache.log_horizon q;
 end
 $$;
 comment on function rowcache.poll(xid8, xid8[], xid8[]) is

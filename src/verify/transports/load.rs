@@ -22,7 +22,7 @@ use super::{
     cost,
     setup::{Flush, Ground, Variant},
 };
-use crate::{Config, Event, KeyPart, Node, Rows, Table, sync::lock};
+use crate::{Config, Event, Node, Table, sync::lock};
 
 /// One turn of a variant.
 #[derive(Clone, Copy)]
@@ -42,10 +42,10 @@ pub(super) struct Outcome {
     pub(super) known_after_ms: Vec<f64>,
 }
 
-/// When rows were last committed, of those whose key is a multiple of [`SAMPLE`].
-type Committed = Arc<Mutex<HashMap<i64, Instant>>>;
+/// When transactions were committed, or known: those whose id is a multiple of [`SAMPLE`].
+type Noted = Arc<Mutex<Vec<(u64, Instant)>>>;
 
-const SAMPLE: i64 = 50;
+const SAMPLE: u64 = 50;
 
 #[derive(sqlx::FromRow)]
 struct Item {
@@ -56,9 +56,8 @@ struct Item {
 impl Run {
     pub(super) async fn measure(self, ground: &Ground, length: Duration) -> Result<Outcome> {
         ground.tell(self.variant).await?;
-        let committed = Committed::default();
-        let known = Arc::new(Mutex::new(Vec::new()));
-        let _readers = readers(ground, self.variant, self.nodes, &committed, &known).await?;
+        let (committed, known) = (Noted::default(), Noted::default());
+        let _readers = readers(ground, self.variant, self.nodes, &known).await?;
         let (stop, commits) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut writers = JoinSet::new();
         for _ in 0..self.writers {
@@ -66,15 +65,17 @@ impl Run {
             if let Flush::Slow = self.flush {
                 client.batch_execute("set commit_delay = 1000; set commit_siblings = 0").await?;
             }
-            let update = client.prepare("update public.item set updated_at = now() where id = $1").await?;
+            let update =
+                "update public.item set updated_at = now() where id = $1 returning pg_current_xact_id()::text::bigint";
+            let update = client.prepare(update).await?;
             let (stop, commits, committed) = (Arc::clone(&stop), Arc::clone(&commits), Arc::clone(&committed));
             writers.spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     let id = rand::rng().random_range(1..=self.rows);
-                    client.execute(&update, &[&id]).await?;
+                    let xid = client.query_one(&update, &[&id]).await?.get::<_, i64>(0).cast_unsigned();
                     commits.fetch_add(1, Ordering::Relaxed);
-                    if id % SAMPLE == 0 {
-                        lock(&committed).insert(id, Instant::now());
+                    if xid % SAMPLE == 0 {
+                        lock(&committed).push((xid, Instant::now()));
                     }
                 }
                 anyhow::Ok(())
@@ -83,7 +84,6 @@ impl Run {
         // Plans are made, caches are warm.
         sleep(Duration::from_millis(500)).await;
         let postmaster = ground.postmaster()?;
-        lock(&known).clear();
         let (began, cpu, before) = (Instant::now(), cost::cpu(postmaster)?, commits.load(Ordering::Relaxed));
         sleep(length).await;
         let (took, cpu) = (began.elapsed(), cost::cpu(postmaster)? - cpu);
@@ -92,7 +92,12 @@ impl Run {
         while let Some(writer) = writers.join_next().await {
             writer??;
         }
-        let known_after_ms = std::mem::take(&mut *lock(&known));
+        let committed: HashMap<u64, Instant> = lock(&committed).drain(..).filter(|(_, at)| *at > began).collect();
+        let known_after = |(xid, known): &(u64, Instant)| {
+            // By NOTIFY it can be known before the writer knows.
+            committed.get(xid).map(|at| known.saturating_duration_since(*at).as_secs_f64() * 1e3)
+        };
+        let known_after_ms = lock(&known).iter().filter_map(known_after).collect();
         Ok(Outcome {
             commits_a_second: commits / took.as_secs_f64(),
             cpu_a_commit: cpu.as_secs_f64() * 1e6 / commits,
@@ -107,23 +112,10 @@ struct Readers {
     tasks: JoinSet<()>,
 }
 
-async fn readers(
-    ground: &Ground,
-    variant: Variant,
-    count: usize,
-    committed: &Committed,
-    known: &Arc<Mutex<Vec<f64>>>,
-) -> Result<Readers> {
+async fn readers(ground: &Ground, variant: Variant, count: usize, known: &Noted) -> Result<Readers> {
     let mut readers = Readers { nodes: Vec::new(), tasks: JoinSet::new() };
     for _ in 0..count {
-        let (committed, known) = (Arc::clone(committed), Arc::clone(known));
-        let note = move |id: i64| {
-            if id % SAMPLE == 0
-                && let Some(at) = lock(&committed).get(&id)
-            {
-                lock(&known).push(at.elapsed().as_secs_f64() * 1e3);
-            }
-        };
+        let known = Arc::clone(known);
         match variant {
             Variant::None => {}
             Variant::Naive => {
@@ -134,10 +126,9 @@ async fn readers(
                     let _client = listening;
                     while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
                         let AsyncMessage::Notification(it) = message else { continue };
+                        // What a cache would do with it. It does not say by which transaction.
                         let row: serde_json::Value = serde_json::from_str(it.payload()).unwrap_or_default();
-                        if let Some(id) = row["row"]["id"].as_i64() {
-                            note(id);
-                        }
+                        std::hint::black_box(row["row"]["id"].as_i64());
                     }
                 });
             }
@@ -152,11 +143,8 @@ async fn readers(
                     let _table = table;
                     while let Some(event) = events.recv().await {
                         let Event::Change(change) = event else { continue };
-                        let Rows::Keys(keys) = &change.rows else { continue };
-                        for key in keys {
-                            if let [KeyPart::Int(id)] = key.parts() {
-                                note(*id);
-                            }
+                        if let Some(xid) = change.xid.filter(|xid| xid % SAMPLE == 0) {
+                            lock(&known).push((xid, Instant::now()));
                         }
                     }
                 });
@@ -175,7 +163,7 @@ pub(super) async fn cost_of_nodes(
     length: Duration,
 ) -> Result<f64> {
     ground.tell(variant).await?;
-    let readers = readers(ground, variant, nodes, &Committed::default(), &Arc::default()).await?;
+    let readers = readers(ground, variant, nodes, &Noted::default()).await?;
     let client = ground.client().await?;
     let update = client.prepare("update public.item set updated_at = now() where id = $1").await?;
     sleep(Duration::from_millis(500)).await;
