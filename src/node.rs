@@ -129,6 +129,8 @@ impl Node {
             let store = Store::<K, V>::new(options.capacity, limits, tracked.secret.clone().map(Hashed::new));
             let store = Arc::new(store.audited(options.audit > 0));
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
+            // It may be the first one for which the log is polled between fences.
+            shared.wake.notify_one();
             store
         });
         let judge = Arc::clone(shared);
