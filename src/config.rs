@@ -70,9 +70,15 @@ pub struct Config {
     pub redundant_listener: bool,
 
     /// Whether this node hears NOTIFY. Without, it has no LISTEN connection, and caches only tables that are tracked by way of
-    /// the change log (`rowcache track --via log`). Then a pooler in transaction mode may stand in between, and all of it may
-    /// be a hot standby: nothing is older than the standby itself was when it was last asked. Default `true`.
+    /// the change log (`rowcache track --via log`). Then a pooler in transaction mode may stand in between
+    /// ([`pooler`](Self::pooler)), and all of it may be a hot standby: nothing is older than the standby itself was when it was
+    /// last asked. Default `true`.
     pub listen: bool,
+    /// A pooler in transaction mode stands between this node and its server, of any kind and version: nothing is prepared and
+    /// nothing set in a session, and each load is a transaction, which takes two round trips more. Only without
+    /// [`listen`](Self::listen). Not needed for a pool that goes through PgBouncer 1.21 or newer with
+    /// `max_prepared_statements`. Default `false`.
+    pub pooler: bool,
     /// While changes arrive by way of the change log, it is polled this long after the last poll. Default 10 ms:
     /// shorter costs the server more for each node, and brings less than a statement takes.
     pub poll_min: Duration,
@@ -132,6 +138,7 @@ impl Config {
             fence_spacing: Duration::from_millis(5),
             redundant_listener: false,
             listen: true,
+            pooler: false,
             poll_min: Duration::from_millis(10),
             poll_max: Duration::from_millis(50),
             loads_max: LOADS_MAX as usize,
@@ -174,6 +181,9 @@ impl Config {
         if self.redundant_listener && !self.listen {
             return wrong("`redundant_listener` asks for two LISTEN connections, and without `listen` there is none");
         }
+        if self.pooler && self.listen {
+            return wrong("behind a `pooler` in transaction mode nothing can be heard: switch `listen` off");
+        }
         if self.poll_min.is_zero() || self.poll_max < self.poll_min {
             return wrong("`poll_min` must be longer than zero, and `poll_max` not shorter than that");
         }
@@ -206,6 +216,7 @@ impl fmt::Debug for Config {
             lease,
             redundant_listener,
             listen,
+            pooler,
             loads_max,
             load_keys_max,
             load_timeout,
@@ -218,6 +229,7 @@ impl fmt::Debug for Config {
             .field("lease", lease)
             .field("redundant_listener", redundant_listener)
             .field("listen", listen)
+            .field("pooler", pooler)
             .field("loads_max", loads_max)
             .field("load_keys_max", load_keys_max)
             .field("load_timeout", load_timeout)

@@ -118,7 +118,7 @@ impl Node {
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
         options.check()?;
         let shared = &self.handle.shared;
-        let mut tracked = catalog::open::<K>(&self.postgres.pool, name).await?;
+        let mut tracked = catalog::open::<K>(&self.postgres.pool, shared.config.pooler, name).await?;
         tracked.trust = keeper::heard(&shared.config, &tracked.name, tracked.trust)
             .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
         let mut is_new = false;
@@ -142,6 +142,7 @@ impl Node {
             store.is_audited,
             shared.config.load_timeout,
             Arc::clone(&self.postgres.standby),
+            shared.config.pooler,
             ours,
         );
         let table = Table::new(Arc::clone(&self.handle), store, Arc::new(source), &tracked.name, options.fallback);

@@ -108,7 +108,9 @@ impl Transaction {
     /// Cancelling leaves open whether it commits. What was named is forgotten all the same.
     pub async fn commit(self) -> Result<Token> {
         let Self { mut inner, forgets } = self;
-        let token = sqlx::query_scalar::<_, Option<String>>("select rowcache.token()").fetch_one(&mut *inner).await;
+        let token = sqlx::query_scalar::<_, Option<String>>("select rowcache.token()");
+        // Unnamed, so that it works behind any pooler.
+        let token = token.persistent(false).fetch_one(&mut *inner).await;
         let token = token.map_err(|error| database_error("committing a transaction", error))?;
         let lost =
             || Error::new(Kind::Unavailable, "the server crashed or was replaced since it was asked last; rolled back");

@@ -101,6 +101,49 @@ pg_test! {
 }
 
 pg_test! {
+    // Not one connection that belongs to this node: loads, polls, transactions, all by turns with another node's.
+    async fn nodes_that_do_not_listen_need_nothing_but_the_pooler(test: Test) {
+        let db = users_db(test.version).await;
+        db.execute("select rowcache.track('public.users', via => 'log')").await;
+        let Some(pooler) = Pooler::start_with(&db, "server_round_robin = 1\ndefault_pool_size = 3\n").await else { return };
+        let mut config = hasty(&pooler.url(&db));
+        (config.listen, config.pooler) = (false, true);
+        let mut nodes = Vec::new();
+        for _ in 0..2 {
+            let node = Node::start(config.clone()).await.expect("starts");
+            let users = users_of(&node).await.expect("opens");
+            nodes.push((node, users));
+        }
+        for n in 0..20 {
+            for (node, users) in &nodes {
+                users.get_many(&[1, 2, 3]).await.expect("loads");
+                let mut write = node.begin().await.expect("begins");
+                let change = format!("update public.users set name = 'round {n}' where id = 2");
+                sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&mut *write).await.expect("writes");
+                write.invalidates(users, &2);
+                let token = write.commit().await.expect("commits");
+                for (other, theirs) in &nodes {
+                    other.wait_for(token, support::PATIENCE).await.expect("applied");
+                    assert!(theirs.peek(&1).is_known() || n == 0);
+                    assert_eq!(theirs.get(&2).await.expect("loads").expect("there").name, format!("round {n}"));
+                }
+            }
+        }
+        nodes[0].1.invalidate(&3).await.expect("tells all");
+        nodes[1].0.barrier().await.expect("coherent");
+        assert!(!nodes[1].1.peek(&3).is_known());
+    }
+
+    async fn who_listens_has_no_pooler_in_between(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = hasty(&db.url);
+        config.pooler = true;
+        let error = Node::start(config).await.expect_err("nothing would arrive");
+        assert!(error.is_config() && error.to_string().contains("`listen`"), "{error:?}");
+    }
+}
+
+pg_test! {
     async fn doctor_sees_that_two_sessions_share_a_connection(test: Test) {
         let db = users_db(test.version).await;
         let Some(pooler) = Pooler::start(&db).await else { return };

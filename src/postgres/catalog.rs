@@ -1,6 +1,6 @@
 //! What Postgres knows about a table that is to be cached, asked through `rowcache.describe`.
 
-use sqlx::{FromRow, PgPool};
+use sqlx::{FromRow, PgConnection, PgPool};
 
 use crate::{
     error::{Error, Kind, Result},
@@ -44,25 +44,29 @@ pub(crate) struct TrackedTable {
 }
 
 /// Looks up a table in the catalogue, and whether it can be cached under `K`.
-pub(crate) async fn open<K: Key>(pool: &PgPool, name: &str) -> Result<TrackedTable> {
+pub(crate) async fn open<K: Key>(pool: &PgPool, pooler: bool, name: &str) -> Result<TrackedTable> {
+    let failed = |error| schema_hint(&error).unwrap_or_else(|| database_error(&format!("looking up {name}"), error));
+    // What is asked once is not worth a prepared statement, and behind a pooler must be a transaction.
+    let mut asking = pool.begin().await.map_err(failed)?;
     let description: Description =
-        sqlx::query_as(DESCRIBE).bind(name).fetch_one(pool).await.map_err(|error| {
-            schema_hint(&error).unwrap_or_else(|| database_error(&format!("looking up {name}"), error))
-        })?;
+        sqlx::query_as(DESCRIBE).bind(name).persistent(!pooler).fetch_one(&mut *asking).await.map_err(failed)?;
     let id = description.secret.clone();
     let mut table = description.check::<K>(name)?;
     if let Some(id) = id {
-        table.secret = Some(key_secret(pool, &table.name, &id).await?);
+        table.secret = Some(key_secret(&mut asking, pooler, &table.name, &id).await?);
     }
+    // It has changed nothing.
+    drop(asking);
     Ok(table)
 }
 
 /// Reads the secret that hashes the keys of this table, and of all others of this database with hashed keys.
-async fn key_secret(pool: &PgPool, table: &str, id: &str) -> Result<Secret> {
-    let secret: Vec<u8> = match sqlx::query_scalar("select rowcache.key_secret()").fetch_one(pool).await {
+async fn key_secret(asking: &mut PgConnection, pooler: bool, table: &str, id: &str) -> Result<Secret> {
+    let role = sqlx::query_scalar("select quote_ident(current_user)").persistent(!pooler).fetch_one(&mut *asking).await;
+    let ask = sqlx::query_scalar("select rowcache.key_secret()").persistent(!pooler);
+    let secret: Vec<u8> = match ask.fetch_one(asking).await {
         Ok(secret) => secret,
         Err(error) if has_code(&error, INSUFFICIENT_PRIVILEGE) => {
-            let role = sqlx::query_scalar("select quote_ident(current_user)").fetch_one(pool).await;
             let role: String = role.unwrap_or_else(|_| "the pool's role".into());
             let message = format!(
                 "the keys of {table} are sent as hashes, and {role} may not read the secret that makes them; run: grant \

@@ -1,6 +1,6 @@
 //! The line to Postgres that coherence hangs on: the LISTEN connection, and a second one that sends fences and polls the change
-//! log. A node that does not listen has the second one alone, perhaps through a transaction pooler, perhaps to a standby: nothing
-//! is set there, and nothing prepared.
+//! log. A node that does not listen has the second one alone, perhaps to a standby, perhaps through a transaction pooler, where
+//! nothing is set and nothing prepared.
 //!
 //! The LISTEN connection is never used for anything else once it listens. While a backend executes a statement
 //! it forwards no notifications, and a fence can wait for a lock behind a stuck writer (X11). Its task decodes
@@ -190,14 +190,16 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
     let (control, sending) = connect(config, "control", |_| {}, lost).await?;
     tasks.push(sending);
     let mut fence = None;
-    if config.listen {
+    if !config.pooler {
         let set = format!("{SETTINGS}; set lock_timeout = {}", lock_timeout(config));
         let failed = |error| setup_error("setting up the control session failed", error);
         control.batch_execute(&set).await.map_err(failed)?;
+    }
+    if config.listen {
         let failed = |error| setup_error("preparing the fence failed", error);
         fence = Some(control.prepare_typed(FENCE, &[Type::TEXT, Type::TEXT]).await.map_err(failed)?);
     }
-    let (prepared, checks) = (config.listen, "the check of triggers");
+    let (prepared, checks) = (!config.pooler, "the check of triggers");
     let fingerprints = Ask::new(&control, prepared, FINGERPRINTS, &[Type::TEXT_ARRAY], checks).await?;
     let describe = Ask::new(&control, prepared, DESCRIBE, &[Type::TEXT], checks).await?;
     let poll_types = &[Type::TEXT, Type::TEXT_ARRAY, Type::TEXT_ARRAY];

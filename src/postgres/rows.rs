@@ -27,7 +27,10 @@ use crate::{
     digest::Digest,
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
-    postgres::{catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent, line::stamp_view},
+    postgres::{
+        catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent, line::stamp_view,
+        server::in_transaction,
+    },
     source::{Digesting, Digests, Loaded, Loading, Source, Stamp},
 };
 
@@ -40,6 +43,8 @@ pub(crate) struct Rows<K, V> {
     sql_on_standby: Sql,
     /// Which of the two.
     standby: Arc<AtomicBool>,
+    /// A pooler in transaction mode stands in between.
+    pooler: bool,
     key_types: Vec<KeyType>,
     /// Its keys are secrets: errors, which are logged, do not show them.
     hides_keys: bool,
@@ -67,6 +72,7 @@ impl<K: Key, V> Rows<K, V> {
         takes_digests: bool,
         timeout: Duration,
         standby: Arc<AtomicBool>,
+        pooler: bool,
         ours: impl Fn(Option<Incarnation>) -> bool + Send + Sync + 'static,
     ) -> Self {
         Self {
@@ -75,6 +81,7 @@ impl<K: Key, V> Rows<K, V> {
             sql: Sql::new::<K>(table, stamp_view(false)),
             sql_on_standby: Sql::new::<K>(table, stamp_view(true)),
             standby,
+            pooler,
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
             takes_digests,
@@ -245,6 +252,9 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
 
     /// Runs the statement once more when its prepared form no longer fits the table, which was altered.
     async fn run(&self, connection: &mut PgConnection, keys: &[K]) -> sqlx::Result<Vec<PgRow>> {
+        if self.pooler {
+            return in_transaction(connection, self.query(keys)).await;
+        }
         match self.query(keys).fetch_all(&mut *connection).await {
             Err(error) if is_stale_plan(&error) => {
                 connection.clear_cached_statements().await?;

@@ -9,7 +9,10 @@ use std::{
     },
 };
 
-use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row as _};
+use sqlx::{
+    AssertSqlSafe, Connection as _, PgConnection, PgPool, Row as _,
+    postgres::{PgArguments, PgRow},
+};
 use uuid::Uuid;
 
 use crate::{
@@ -54,7 +57,8 @@ impl Server for Postgres {
     }
 
     fn reaches(&self, listening: Incarnation) -> Answer<'_, ()> {
-        Box::pin(reach_same_server(&self.pool, listening, self.standby.load(Ordering::Relaxed)))
+        let stamp = line::stamp_view(self.standby.load(Ordering::Relaxed));
+        Box::pin(reach_same_server(&self.pool, listening, stamp, self.config.pooler))
     }
 
     fn probe<'a>(&'a self, own_channel: &'a str, fence: Fence) -> Answer<'a, bool> {
@@ -77,7 +81,14 @@ impl Server for Postgres {
             };
             let failed = |error| database_error(doing, error);
             let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
-            sqlx::query(tell).bind(payload).execute(&mut **connection).await.map_err(failed)?;
+            let tell = sqlx::query(tell).bind(payload);
+            if self.config.pooler {
+                let mut transaction = connection.begin().await.map_err(failed)?;
+                tell.persistent(false).execute(&mut *transaction).await.map_err(failed)?;
+                transaction.commit().await.map_err(failed)?;
+            } else {
+                tell.execute(&mut **connection).await.map_err(failed)?;
+            }
             connection.give_back();
             Ok(())
         })
@@ -92,12 +103,24 @@ impl Server for Postgres {
     }
 }
 
+/// A statement by itself behind a pooler in transaction mode: what prepares it and what executes it meet the same backend there
+/// only within a transaction, and its name may mean something else to that backend.
+pub(crate) async fn in_transaction(
+    connection: &mut PgConnection,
+    query: sqlx::query::Query<'_, sqlx::Postgres, PgArguments>,
+) -> sqlx::Result<Vec<PgRow>> {
+    let mut transaction = connection.begin().await?;
+    let rows = query.persistent(false).fetch_all(&mut *transaction).await?;
+    transaction.commit().await?;
+    Ok(rows)
+}
+
 /// What Postgres says on a standby when it is asked for the canary, which is unlogged.
 const UNLOGGED_ON_STANDBY: &str = "0A000";
 
 /// Makes sure that the pool reaches the server that the listener is on. Whatever ended the last line may have ended
 /// pooled connections too, or they may still be open to a server that was replaced: each gives way to a new one.
-async fn reach_same_server(pool: &PgPool, listening: Incarnation, standby: bool) -> Result<()> {
+async fn reach_same_server(pool: &PgPool, listening: Incarnation, stamp: &'static str, pooler: bool) -> Result<()> {
     let failed = |error| database_error("connecting the pool", error);
     let mut outcome = Err(Error::new(
         Kind::Config,
@@ -105,8 +128,10 @@ async fn reach_same_server(pool: &PgPool, listening: Incarnation, standby: bool)
     ));
     for _ in 0..=pool.size() {
         let mut connection = Lent::acquire(pool).await.map_err(failed)?;
-        let stamp = AssertSqlSafe(format!("select canary, started from {}", line::stamp_view(standby)));
-        match sqlx::query(stamp).fetch_one(&mut **connection).await {
+        let ask = sqlx::query(AssertSqlSafe(format!("select canary, started from {stamp}")));
+        let answer =
+            if pooler { in_transaction(&mut connection, ask).await } else { ask.fetch_all(&mut **connection).await };
+        match answer.and_then(|mut rows| rows.pop().ok_or(sqlx::Error::RowNotFound)) {
             Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
             Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
                 let what = "the pool reached a standby, whose rows lag behind; connect it to the primary";
