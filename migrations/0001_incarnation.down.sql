@@ -30,6 +30,14 @@ begin
 end
 $$;
 
+drop view if exists rowcache.standby_stamp;
+drop function if exists rowcache.trim_log();
+drop function if exists rowcache.poll(xid8, xid8[], xid8[]);
+drop function if exists rowcache.standby_canary();
+drop function if exists rowcache.log_change(text);
+drop sequence if exists rowcache.log_horizon;
+drop view if exists rowcache.change_log;
+drop table if exists rowcache.change_log_0, rowcache.change_log_1, rowcache.change_log_2;
 drop function if exists rowcache.schema_version();
 drop function if exists rowcache.describe(text);
 drop function if exists rowcache.described(regclass, text);
