@@ -273,9 +273,14 @@ fn traffic(counts: &Counts, time: Duration, commands: &HashMap<String, String>, 
     let which = if each.is_empty() { String::new() } else { format!(" ({})", some_of(&each)) };
     let what = format!("{rate:.1} transactions a second notify{which}");
     report.push(if rate > RATE_MAX {
+        let most = tables.first().map_or("TABLE", |(name, _)| name.as_str());
+        let track = commands.get(most).map_or_else(|| format!("rowcache track {most}"), Clone::clone);
         Finding::warning("notify.rate", what)
             .why("such commits wait for each other, in the whole server, and wake every listener")
-            .cure("rowcache track TABLE --ignore COLUMNS that change often, more rows per transaction, or rowcache untrack TABLE")
+            .cure(format!(
+                "tell the table by way of the change log: {track} --via log; or leave out columns that change often: {track} \
+                 --ignore COLUMNS"
+            ))
             .figure("per_second", rate)
     } else {
         Finding::ok("notify.rate", what).figure("per_second", rate)

@@ -74,8 +74,8 @@ fn settings(server: &Server, defaults: &[Default], report: &mut Report) {
                 format!("max_prepared_transactions is {}", server.max_prepared),
             )
             .about("max_prepared_transactions")
-            .why("Postgres refuses PREPARE TRANSACTION after a change of a tracked table")
-            .cure("untrack tables that are written in two-phase commits: rowcache untrack TABLE"),
+            .why("Postgres refuses PREPARE TRANSACTION after a change of a table that is told with NOTIFY")
+            .cure("tell tables that are written in two-phase commits by way of the change log: rowcache track TABLE --via log"),
         );
     }
     if server.fsync == "off" {
