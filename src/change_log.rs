@@ -82,13 +82,11 @@ impl Position {
 
     /// The position after a poll from `last`, and whether nothing was missed in between.
     pub(crate) fn after(last: Option<&Self>, polled: Polled) -> (Self, Continuity) {
+        let is_other = |last: &Self| last.incarnation != polled.incarnation || last.standby != polled.standby;
         let continuity = match last {
-            None => Continuity::Kept,
-            Some(last) if last.incarnation != polled.incarnation || last.standby != polled.standby => {
-                Continuity::OtherServer
-            }
+            Some(last) if is_other(last) => Continuity::OtherServer,
             Some(last) if last.may_have_missed(&polled) => Continuity::Trimmed,
-            Some(_) => Continuity::Kept,
+            Some(_) | None => Continuity::Kept,
         };
         let mut read = BTreeSet::new();
         if polled.standby {

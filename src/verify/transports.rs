@@ -97,19 +97,18 @@ async fn writers(options: &Options, ground: &Ground, flush: Flush) -> Result<()>
     let bare: Vec<f64> = outcomes[0].iter().map(|it| it.commits_a_second).collect();
     for (variant, outcomes) in Variant::ALL.into_iter().zip(outcomes) {
         let of_bare = median(outcomes.iter().zip(&bare).map(|(it, bare)| it.commits_a_second / bare));
-        let known = |share: f64| {
+        let known = |percent: usize| {
             let mut all: Vec<f64> = outcomes.iter().flat_map(|it| it.known_after_ms.iter().copied()).collect();
             all.sort_by(f64::total_cmp);
-            let at = ((all.len() as f64 * share) as usize).min(all.len().saturating_sub(1));
-            all.get(at).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}"))
+            all.get(all.len() * percent / 100).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}"))
         };
         println!(
             "| {} | {:.0} | {of_bare:.2} | {:.0} | {} | {} |",
             variant.text(),
             median(outcomes.iter().map(|it| it.commits_a_second)),
             median(outcomes.iter().map(|it| it.cpu_a_commit)),
-            known(0.5),
-            known(0.99),
+            known(50),
+            known(99),
         );
     }
     println!();

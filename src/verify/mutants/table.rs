@@ -441,8 +441,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "log-incarnation",
         protection: "the place in the log dies with the incarnation (X5)",
         file: "src/change_log.rs",
-        text: "Some(last) if last.incarnation != polled.incarnation || last.standby != polled.standby => {",
-        instead: "Some(last) if last.standby != polled.standby => {",
+        text: "last.incarnation != polled.incarnation || last.standby != polled.standby",
+        instead: "last.standby != polled.standby",
         catchers: &[Unit("another_server_breaks_it"), Test("log", "x5_a_crash")],
     },
     Mutant {

@@ -91,7 +91,7 @@ impl Nodes {
             origin: world.origin,
             seed: self.seed ^ u64::from(id) << 32,
             kind: Kind::of(n),
-            listens: !world.log_only || n % 2 == 0,
+            listens: !world.log_only || n.is_multiple_of(2),
             pool: pool.url(&url),
             listener: listener.url(&url),
         };

@@ -86,8 +86,8 @@ impl Run {
         let postmaster = ground.postmaster()?;
         let (began, cpu, before) = (Instant::now(), cost::cpu(postmaster)?, commits.load(Ordering::Relaxed));
         sleep(length).await;
-        let (took, cpu) = (began.elapsed(), cost::cpu(postmaster)? - cpu);
-        let commits = (commits.load(Ordering::Relaxed) - before) as f64;
+        let (took, cpu) = (began.elapsed(), cost::cpu(postmaster)?.saturating_sub(cpu));
+        let commits = f64::from(u32::try_from(commits.load(Ordering::Relaxed) - before)?);
         stop.store(true, Ordering::Relaxed);
         while let Some(writer) = writers.join_next().await {
             writer??;
@@ -177,7 +177,7 @@ pub(super) async fn cost_of_nodes(
             client.execute(&update, &[&id]).await?;
         }
     }
-    let share = (cost::cpu(postmaster)? - cpu).as_secs_f64() / began.elapsed().as_secs_f64();
+    let share = cost::cpu(postmaster)?.saturating_sub(cpu).as_secs_f64() / began.elapsed().as_secs_f64();
     for node in &readers.nodes {
         node.shutdown().await;
     }
