@@ -1,6 +1,9 @@
 //! Polls the change log: with each fence, and in between as often as changes come, while a table is open that is told that way.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use tokio::time::timeout;
 
@@ -25,11 +28,16 @@ pub(super) struct Poller {
     pause: Duration,
     /// The range of the log that was the last one when somebody had trimmed it.
     trimmed: Option<u64>,
+    /// There was more to read since the position than could be read in time. The next attempt would fare no better.
+    too_far_behind: bool,
 }
+
+/// A poll that has brought so many messages, and has not ended in time, was not held up by anything but them.
+const FAR_BEHIND: usize = 10_000;
 
 impl Poller {
     pub(super) fn new(config: &Config) -> Self {
-        Self { position: None, polled_at: None, pause: config.poll_max, trimmed: None }
+        Self { position: None, polled_at: None, pause: config.poll_max, trimmed: None, too_far_behind: false }
     }
 
     /// When to poll, fences apart; `None` while no open table is told by way of the log.
@@ -45,7 +53,10 @@ impl Poller {
         let Some((id, line)) = shared.line() else { return };
         let covered = shared.is_covered();
         let limit = limit(shared, covered);
-        let lost = match timeout(limit, self.read(shared, &*line, fence)).await {
+        let received = AtomicUsize::new(0);
+        let outcome = timeout(limit, self.read(shared, &*line, fence, &received)).await;
+        self.too_far_behind |= outcome.is_err() && received.into_inner() > FAR_BEHIND;
+        let lost = match outcome {
             Ok(Ok(())) => return,
             // Late, which the state machine sees by itself.
             Err(_) if !covered && fence.is_some() => return,
@@ -61,11 +72,19 @@ impl Poller {
         }
     }
 
-    async fn read(&mut self, shared: &Shared, line: &dyn Line, fence: Option<Fence>) -> Result<()> {
+    async fn read(
+        &mut self,
+        shared: &Shared,
+        line: &dyn Line,
+        fence: Option<Fence>,
+        received: &AtomicUsize,
+    ) -> Result<()> {
         let push = |payload| {
+            received.fetch_add(1, Ordering::Relaxed);
             shared.inbox.push(Item::Message(payload));
         };
-        let polled = line.poll(self.position.as_ref(), &push).await?;
+        let since = self.position.as_ref().filter(|_| !self.too_far_behind);
+        let polled = line.poll(since, &push).await?;
         if polled.incarnation != line.incarnation() {
             return Err(Error::new(Kind::Unavailable, "the change log is polled on another server than before"));
         }
@@ -76,9 +95,13 @@ impl Poller {
                 "the change log was trimmed while this node could not read it; everything held was forgotten"
             );
         }
-        if continuity != Continuity::Kept {
+        if self.too_far_behind {
+            tracing::warn!("the change log had more to read than could be read in time; everything held was forgotten");
+        }
+        if continuity != Continuity::Kept || self.too_far_behind {
             shared.inbox.push(Item::Missed);
         }
+        self.too_far_behind = false;
         if let Some(fence) = fence {
             shared.inbox.push(Item::Polled(Box::new((fence, mark))));
         }

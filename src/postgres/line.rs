@@ -403,7 +403,8 @@ impl Line for Sessions {
                 incarnation: read_incarnation(&first)?,
                 standby: first.get("standby"),
                 snapshot: snapshot.parse().map_err(|error: String| Error::new(Kind::Refused, error))?,
-                lsn: first.get::<_, i64>("lsn").cast_unsigned(),
+                // 0 covers nothing.
+                lsn: first.get::<_, Option<i64>>("lsn").unwrap_or_default().cast_unsigned(),
                 horizon: first.get::<_, i64>("horizon").cast_unsigned(),
                 horizon_after: last.get::<_, i64>("horizon").cast_unsigned(),
                 read: xids,

@@ -139,6 +139,28 @@ pg_test! {
         assert_eq!(name(&users, 1).await.as_deref(), Some("long ago"));
     }
 
+    // So many messages that they cannot be read within the time that a poll has: it would be tried for ever.
+    async fn who_cannot_read_it_all_in_time_forgets_everything(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        test.logs.allow("the change log had more to read than could be read in time");
+        let (_server, db) = fixture::users_server(test.version, &[]).await;
+        db.execute(VIA_LOG).await;
+        let (mut proxy, node, users) = by_proxy(&db, deaf).await;
+        let mut events = node.subscribe();
+        name(&users, 1).await;
+        proxy.refuse().await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        db.execute("select rowcache.log_change(format('{\"v\":1,\"t\":\"of.others\",\"k\":[%s]}', n)) from generate_series(1, 400000) n").await;
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        name(&users, 2).await;
+        db.execute("update public.users set name = 'x' where id = 2").await;
+        node.barrier().await.expect("coherent");
+        assert!(!is_held(&users, 2));
+    }
+
     // A transaction that is older than the log itself.
     async fn a_transaction_that_runs_for_ages_is_read_when_it_commits(test: Test) {
         let (_server, db) = fixture::users_server(test.version, &[]).await;

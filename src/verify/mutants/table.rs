@@ -509,4 +509,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         instead: "    if true {",
         catchers: &[Test("log", "who_does_not_listen")],
     },
+    Mutant {
+        name: "log-too-far-behind",
+        protection: "what cannot be read in time is not tried for ever",
+        file: "src/keeper/poll.rs",
+        text: "self.too_far_behind |= outcome.is_err() && received.into_inner() > FAR_BEHIND;",
+        instead: "drop(received);",
+        catchers: &[Test("log", "who_cannot_read_it_all")],
+    },
 ];
