@@ -38,7 +38,7 @@ pg_test! {
         let writer = Again::start(&db, "update users set name = name || 'x' where id = 1").await;
         let found = doctor(&db.url).await;
         writer.stop(&db).await;
-        found.has("warning", "notify.rate", &["public.users ", "wait for each other", "--ignore", "rowcache untrack"]);
+        found.has("warning", "notify.rate", &["public.users ", "wait for each other", "rowcache track public.users --key id --via log", "--ignore"]);
         found.has_not("notify.whole_table");
         let rate = found.all("notify.rate")[0]["figures"]["per_second"].as_f64().expect("a figure");
         assert!(rate > 300.0, "{found}");
