@@ -161,7 +161,10 @@ pg_test! {
         run(&db.url, &["migrate", "down"]).await.ok();
         let found = doctor(&db.url).await;
         found.has("error", "schema.incomplete", &["rowcache migrate up"]);
-        found.has("error", "migration.missing", &["0003_inspection", "rowcache migrate up"]);
+        for missing in ["0003_inspection", "0004_change_log"] {
+            let said = format!("\"migration.missing\" error migration {missing} has not been run");
+            assert!(found.to_string().contains(&said), "{found}");
+        }
         run(&db.url, &["migrate", "up"]).await.ok();
 
         psql(&db, &["update rowcache.migrations set checksum = '\\x00' where version = 2"]).await;
