@@ -220,10 +220,13 @@ pg_test! {
     async fn isolation_that_would_hide_commits_is_refused_with_the_cure(test: Test) {
         let db = log_db(&test).await;
         db.execute(&format!("alter database {} set default_transaction_isolation = 'repeatable read'", db.name)).await;
-        let error = Node::start(deaf(&db.url)).await.expect_err("its polls would see the past");
+        let mut pooled = deaf(&db.url);
+        pooled.pooler = true;
+        let error = Node::start(pooled).await.expect_err("its polls would see the past");
         assert!(format!("{error:?}").contains("default_transaction_isolation"), "{error:?}");
-        // Who listens sets its sessions up itself.
-        let node = Node::start(hasty(&db.url)).await.expect("starts");
-        node.barrier().await.expect("coherent");
+        // Whoever has sessions of his own sets them up.
+        for config in [hasty(&db.url), deaf(&db.url)] {
+            Node::start(config).await.expect("starts").barrier().await.expect("coherent");
+        }
     }
 }
