@@ -29,7 +29,7 @@ use crate::{
     key::{self, Key, KeyPart, KeyType},
     postgres::{
         catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent, line::stamp_view,
-        server::in_transaction,
+        server::fetch,
     },
     source::{Digesting, Digests, Loaded, Loading, Source, Stamp},
 };
@@ -252,13 +252,10 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
 
     /// Runs the statement once more when its prepared form no longer fits the table, which was altered.
     async fn run(&self, connection: &mut PgConnection, keys: &[K]) -> sqlx::Result<Vec<PgRow>> {
-        if self.pooler {
-            return in_transaction(connection, self.query(keys)).await;
-        }
-        match self.query(keys).fetch_all(&mut *connection).await {
+        match fetch(connection, self.query(keys), self.pooler).await {
             Err(error) if is_stale_plan(&error) => {
                 connection.clear_cached_statements().await?;
-                self.query(keys).fetch_all(connection).await
+                fetch(connection, self.query(keys), self.pooler).await
             }
             result => result,
         }

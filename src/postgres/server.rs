@@ -82,13 +82,7 @@ impl Server for Postgres {
             let failed = |error| database_error(doing, error);
             let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
             let tell = sqlx::query(tell).bind(payload);
-            if self.config.pooler {
-                let mut transaction = connection.begin().await.map_err(failed)?;
-                tell.persistent(false).execute(&mut *transaction).await.map_err(failed)?;
-                transaction.commit().await.map_err(failed)?;
-            } else {
-                tell.execute(&mut **connection).await.map_err(failed)?;
-            }
+            fetch(&mut connection, tell, self.config.pooler).await.map_err(failed)?;
             connection.give_back();
             Ok(())
         })
@@ -103,12 +97,16 @@ impl Server for Postgres {
     }
 }
 
-/// A statement by itself behind a pooler in transaction mode: what prepares it and what executes it meet the same backend there
+/// A statement by itself. Behind a pooler in transaction mode, what prepares it and what executes it meet the same backend
 /// only within a transaction, and its name may mean something else to that backend.
-pub(crate) async fn in_transaction(
+pub(crate) async fn fetch(
     connection: &mut PgConnection,
     query: sqlx::query::Query<'_, sqlx::Postgres, PgArguments>,
+    pooler: bool,
 ) -> sqlx::Result<Vec<PgRow>> {
+    if !pooler {
+        return query.fetch_all(connection).await;
+    }
     let mut transaction = connection.begin().await?;
     let rows = query.persistent(false).fetch_all(&mut *transaction).await?;
     transaction.commit().await?;
@@ -129,8 +127,7 @@ async fn reach_same_server(pool: &PgPool, listening: Incarnation, stamp: &'stati
     for _ in 0..=pool.size() {
         let mut connection = Lent::acquire(pool).await.map_err(failed)?;
         let ask = sqlx::query(AssertSqlSafe(format!("select canary, started from {stamp}")));
-        let answer =
-            if pooler { in_transaction(&mut connection, ask).await } else { ask.fetch_all(&mut **connection).await };
+        let answer = fetch(&mut connection, ask, pooler).await;
         match answer.and_then(|mut rows| rows.pop().ok_or(sqlx::Error::RowNotFound)) {
             Err(error) if is_connection_error(&error) => outcome = Err(failed(error)),
             Err(error) if has_code(&error, UNLOGGED_ON_STANDBY) => {
