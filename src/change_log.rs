@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use crate::{change::Mark, coherence::Incarnation, snapshot::Snapshot};
 
 /// Up to where the log has been read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Position {
     incarnation: Incarnation,
     standby: bool,

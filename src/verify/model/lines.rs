@@ -1,6 +1,14 @@
 //! Lines and fences: what reaches the node, and what it sends (`lines.rs`, `keeper.rs`, `relay.rs`, `inbox.rs`).
 
-use crate::{coherence::Reason, inbox::Item, relay::Loss};
+use std::collections::BTreeSet;
+
+use crate::{
+    change::Mark,
+    change_log::{self, Continuity},
+    coherence::Reason,
+    inbox::Item,
+    relay::Loss,
+};
 
 use super::{
     node::{Context, Line, Position, State, Statement, incarnation, mark, nonce},
@@ -36,7 +44,7 @@ impl State {
     pub(super) fn push(&mut self, context: &Context<'_>, message: Message) {
         let (inbox, max) = (&mut self.node.inbox, context.setup.inbox_max);
         inbox.push(message);
-        let is_fence = |message: &Message| matches!(message, Message::Fence { .. });
+        let is_fence = |message: &Message| matches!(message, Message::Fence { .. } | Message::Polled { .. });
         if max == 0 || inbox.iter().filter(|it| !is_fence(it)).count() <= max {
             return;
         }
@@ -75,15 +83,35 @@ impl State {
                     }
                 }
                 node.statements.retain(|it| it.nonce != sent);
-                // With one transport, what is applied is both.
-                let under_way = node.coherence.under_way();
-                let mut actions = node.coherence.fence_applied(nonce(sent), mark(horizon));
-                if let Some(fence) = under_way.filter(|it| it.nonce == nonce(sent)) {
-                    actions.extend(node.coherence.fence_polled(fence, mark(horizon)));
+                let told = context.rules.on(Protection::MarkOfMessage);
+                let mut actions = Vec::new();
+                // Where no table is told by the log, a poll finds nothing.
+                if context.setup.transport == Transport::Notify
+                    && let Some(fence) = node.coherence.under_way().filter(|it| it.nonce == nonce(sent))
+                {
+                    actions = node.coherence.fence_polled(fence, mark(horizon));
                 }
+                let mark = if told { mark(horizon) } else { all_there_is() };
+                actions.extend(node.coherence.fence_applied(nonce(sent), mark));
                 node.perform(context, actions);
             }
+            Message::Polled { nonce: sent, horizon } => self.apply_poll(context, sent, horizon),
         }
+    }
+
+    /// What a poll found has been applied.
+    fn apply_poll(&mut self, context: &Context<'_>, sent: u8, horizon: Horizon) {
+        let rules = context.rules;
+        let node = &mut self.node;
+        let Some(fence) = node.coherence.under_way().filter(|it| it.nonce == nonce(sent)) else { return };
+        let mark = if rules.on(Protection::MarkOfPoll) { mark(horizon) } else { all_there_is() };
+        let mut actions = Vec::new();
+        if !context.setup.transport.listens() || !rules.on(Protection::FenceIsTold) {
+            // There is nothing else that could come back.
+            actions = node.coherence.fence_applied(fence.nonce, mark.clone());
+        }
+        actions.extend(node.coherence.fence_polled(fence, mark));
+        node.perform(context, actions);
     }
 
     /// For the properties: this change has been applied.
@@ -106,20 +134,21 @@ impl State {
         let node = &mut self.node;
         let actions = node.coherence.gap(node.now(), why);
         node.perform(context, actions);
-        self.give_up_lines(context);
+        self.give_up_lines();
     }
 
-    pub(super) fn give_up_lines(&mut self, context: &Context<'_>) {
+    pub(super) fn give_up_lines(&mut self) {
         if self.node.coherence.has_line() {
             return;
         }
-        if context.setup.transport == Transport::Log {
-            self.node.statements.clear();
-        } else {
-            self.node.lines.clear();
-            if let Some(relay) = &mut self.node.relay {
-                relay.clear();
-            }
+        // The lines poll as well. What has been sent to the server is executed.
+        for statement in &mut self.node.statements {
+            statement.polled = true;
+        }
+        self.node.statements.retain(|it| !it.told);
+        self.node.lines.clear();
+        if let Some(relay) = &mut self.node.relay {
+            relay.clear();
         }
     }
 
@@ -159,10 +188,7 @@ impl State {
         if !same {
             (node.applied, node.returned) = Default::default();
         }
-        if context.setup.transport == Transport::Log {
-            if !same && context.rules.on(Protection::PositionIncarnation) {
-                node.position = None;
-            }
+        if !context.setup.transport.listens() {
             node.coherence.listening(incarnation(next));
             return;
         }
@@ -198,23 +224,22 @@ impl State {
         let Some(fence) = node.coherence.next_fence(node.now(), nonce(n)) else { return false };
         // Triggers are not modelled: they are always found to be whole.
         node.coherence.fence_checked(fence);
+        if !context.rules.on(Protection::FencePolls) {
+            node.coherence.fence_polled(fence, all_there_is());
+        }
         if let Some(relay) = &mut node.relay {
             relay.fence_sent(nonce(n), super::node::boot(node.clock));
         }
-        let server = match context.setup.transport {
-            Transport::Notify => node.lines[0].server,
-            Transport::Log => 0,
-        };
-        node.statements.push(Statement { fence, nonce: n, server, executed: None });
+        let transport = context.setup.transport;
+        let server = node.lines.first().map_or(0, |line| line.server);
+        let (told, polled) = (!transport.listens(), !transport.polls());
+        node.statements.push(Statement { fence, nonce: n, server, executed: None, told, polled });
         true
     }
 
     /// The statement of a fence is executed.
     pub(super) fn execute(&mut self, context: &Context<'_>, n: usize) {
         let Statement { server, nonce, .. } = self.node.statements[n];
-        if context.setup.transport == Transport::Log {
-            return self.poll(context, n);
-        }
         let horizon = self.shown_horizon(context, server);
         if context.rules.on(Protection::FenceInQueue) {
             self.node.statements[n].executed = Some(horizon);
@@ -226,7 +251,12 @@ impl State {
             self.deliver(context, 0);
         }
         self.push(context, Message::Fence { nonce, horizon });
-        self.node.statements.remove(n);
+        self.told(n);
+    }
+
+    fn told(&mut self, n: usize) {
+        self.node.statements[n].told = true;
+        self.node.statements.retain(|it| !(it.told && it.polled));
     }
 
     /// The transaction of a fence queues its message, commits, and wakes the listeners.
@@ -236,7 +266,7 @@ impl State {
         self.world.servers[usize::from(server)].queue.push(Message::Fence { nonce, horizon });
         self.wake(server);
         if context.rules.on(Protection::LeaseFromSend) {
-            self.node.statements.remove(n);
+            self.told(n);
         } else {
             self.node.statements[n].server = SENT;
         }
@@ -248,52 +278,89 @@ impl State {
         }
     }
 
-    /// One poll of the log: from the last snapshot to the one of this statement. It is the fence.
-    fn poll(&mut self, context: &Context<'_>, n: usize) {
+    /// What a poll would find now, its messages apart.
+    pub(super) fn look_at_log(&self) -> change_log::Polled {
+        let server = self.world.primary();
+        let Mark { snapshot, lsn } = mark(self.world.horizon(self.world.primary_id()));
+        let horizon = u64::from(server.log_begins);
+        change_log::Polled {
+            incarnation: incarnation(server.incarnation),
+            standby: false,
+            snapshot,
+            lsn,
+            horizon,
+            horizon_after: horizon,
+            read: BTreeSet::new(),
+            messages: 0,
+        }
+    }
+
+    /// One poll of the log, for a fence: from the last snapshot to the one of this statement.
+    pub(super) fn poll(&mut self, context: &Context<'_>, n: usize) {
         let rules = context.rules;
         let sent = self.node.statements[n].nonce;
+        self.node.statements[n].polled = true;
+        self.node.statements.retain(|it| !(it.told && it.polled));
         let server = self.world.primary();
-        let (log_begins, era) = (server.log_begins, server.incarnation);
+        let era = server.incarnation;
         if incarnation(era) != self.node.coherence.incarnation().expect("it has been up") {
-            self.node.statements.remove(n);
             return self.gap(context, Reason::OtherServer);
         }
-        let horizon = self.world.horizon(0);
         let commits = u8::try_from(server.history.len()).expect("few commits");
-        let read = server.history.clone();
-        let mut next = horizon;
-        if let Some(Position { horizon: last, .. }) = self.node.position {
-            if !rules.on(Protection::PositionIncarnation) && last.xmax > horizon.xmax {
-                // Positions only go forward, where nobody knows of incarnations.
-                next = last;
+        let mut polled = self.look_at_log();
+        let mut mark = polled.mark();
+        if !rules.on(Protection::PollBehind) {
+            mark.lsn = polled.lsn;
+        }
+        let last = self.node.position.take();
+        if let Some(last) = &last {
+            self.read_log(context, &last.of);
+            if !rules.on(Protection::PositionIncarnation) {
+                polled.incarnation = incarnation(last.incarnation);
             }
-            let unread = (1..log_begins).any(|xid| !State::is_seen(last, xid));
-            if unread && rules.on(Protection::LogHorizon) {
+        }
+        let (mut of, continuity) = change_log::Position::after(last.as_ref().map(|last| &last.of), polled);
+        match continuity {
+            Continuity::Trimmed if rules.on(Protection::LogHorizon) => {
                 (context.note)(Fact::Overrun);
                 self.push(context, Message::Everything);
             }
-            for txn in read {
-                let xid = self.world.txns[usize::from(txn)].xid;
-                let new = if rules.on(Protection::LogBySnapshot) {
-                    !State::is_seen(last, xid)
-                } else {
-                    xid > largest_read(last)
-                };
-                if new && xid >= log_begins {
-                    if xid < largest_read(last) {
-                        (context.note)(Fact::LateCommitter);
-                    }
-                    let wrote = self.world.txns[usize::from(txn)].wrote;
-                    for key in (0..2).filter(|key| wrote[usize::from(*key)] != Version::default()) {
-                        self.push(context, Message::Change { txn, key });
-                    }
+            Continuity::OtherServer => self.push(context, Message::Everything),
+            Continuity::Kept | Continuity::Trimmed => {}
+        }
+        let mut incarnation = era;
+        if let Some(last) =
+            last.filter(|last| !rules.on(Protection::PositionIncarnation) && last.of.since() > of.since())
+        {
+            // Positions only go forward, where nobody knows of incarnations.
+            (of, incarnation) = (last.of, last.incarnation);
+        }
+        self.node.position = Some(Position { of, incarnation, commits });
+        let lsn = u8::try_from(mark.lsn).expect("few commits");
+        let shown = self.shown_horizon(context, self.world.primary_id());
+        self.push(context, Message::Polled { nonce: sent, horizon: Horizon { lsn: shown.lsn.min(lsn), ..shown } });
+    }
+
+    /// The messages of the transactions that became visible since.
+    fn read_log(&mut self, context: &Context<'_>, last: &change_log::Position) {
+        let log_begins = self.world.primary().log_begins;
+        for txn in self.world.primary().history.clone() {
+            let it = self.world.txns[usize::from(txn)];
+            let new = if context.rules.on(Protection::LogBySnapshot) {
+                u64::from(it.xid) >= last.since() || last.pending().contains(&u64::from(it.xid))
+            } else {
+                u64::from(it.xid) > largest_read(last)
+            };
+            if new && it.xid >= log_begins {
+                if u64::from(it.xid) < largest_read(last) {
+                    (context.note)(Fact::LateCommitter);
+                }
+                let logged = |key: usize| it.wrote[key] != Version::default() && context.setup.transport.logs(key);
+                for key in (0..2).filter(|key| logged(usize::from(*key))) {
+                    self.push(context, Message::Change { txn, key });
                 }
             }
         }
-        self.node.position = Some(Position { horizon: next, incarnation: era, commits });
-        let shown = self.shown_horizon(context, 0);
-        self.push(context, Message::Fence { nonce: sent, horizon: shown });
-        self.node.statements.remove(n);
     }
 
     /// The statement of a fence fails without harm to the line.
@@ -312,15 +379,14 @@ impl State {
         if stays {
             return;
         }
-        if context.setup.transport == Transport::Notify {
-            for line in self.node.lines.iter_mut().filter(|line| line.server == server) {
-                line.whole = false;
-            }
+        for line in self.node.lines.iter_mut().filter(|line| line.server == server) {
+            line.whole = false;
+        }
+        if context.setup.transport.listens() {
             self.node.statements.retain(|it| it.server != server);
-        } else {
-            while let Some(n) = self.node.statements.iter().position(|it| it.server == server) {
-                self.lose_statement(n);
-            }
+        }
+        while let Some(n) = self.node.statements.iter().position(|it| it.server == server) {
+            self.lose_statement(n);
         }
         // Statements under way end with an error.
         self.clients.retain(|client| !matches!(client, super::readers::Client::Direct { .. }));
@@ -330,9 +396,14 @@ impl State {
 /// Without `LeaseFromSend`: what is left of a statement when its message is in the queue.
 pub(super) const SENT: u8 = u8::MAX;
 
-/// The largest id of a transaction that a snapshot sees.
-fn largest_read(horizon: Horizon) -> u8 {
-    (1..horizon.xmax).rev().find(|xid| horizon.running >> xid & 1 == 0).unwrap_or(0)
+/// The largest id of a transaction that was read.
+fn largest_read(last: &change_log::Position) -> u64 {
+    (1..last.since()).rev().find(|xid| !last.pending().contains(xid)).unwrap_or(0)
+}
+
+/// In place of a mark that is not asked for.
+fn all_there_is() -> Mark {
+    Mark { snapshot: "200:200:".parse().expect("a snapshot"), lsn: 200 }
 }
 
 /// Messages as the relay keeps them.
@@ -341,6 +412,7 @@ fn to_item(message: Message) -> Item {
         Message::Change { txn, key } => Item::Message(format!("{txn} {key}")),
         Message::All { txn } => Item::Message(txn.to_string()),
         Message::Everything => Item::Overflow,
+        Message::Polled { .. } => unreachable!("what is polled does not pass through a relay"),
         Message::Fence { nonce: sent, horizon } => {
             let running = horizon.running;
             let snapshot = format!("1:{}:", horizon.xmax.max(1));

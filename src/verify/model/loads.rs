@@ -11,7 +11,7 @@ use super::{
 impl State {
     /// A runner takes the key: the word is noted, before the statement is sent.
     pub(super) fn start(&mut self, context: &Context<'_>, key: usize) {
-        let word = self.node.flight_word(context);
+        let word = self.node.flight_word(context, key);
         let node = &mut self.node;
         let flight = node.flights[key].as_mut().expect("a queued key has a flight");
         flight.start(word);
@@ -29,8 +29,8 @@ impl State {
 
     /// Without `OneFinish`: the verdict is given, and acted upon later.
     pub(super) fn check(&mut self, context: &Context<'_>, n: usize) {
-        let word = self.node.flight_word(context);
         let key = self.node.loads[n].key;
+        let word = self.node.flight_word(context, key);
         let flight = self.node.flights[key].as_ref().expect("a running load has a flight");
         self.node.loads[n].checked = Some(flight.verdict(word));
     }
@@ -49,7 +49,7 @@ impl State {
                 self.gap(context, Reason::OtherServer);
             }
         }
-        let flight_word = self.node.flight_word(context);
+        let flight_word = self.node.flight_word(context, key);
         let node = &mut self.node;
         let aside = load.aside.is_some();
         let mut flight = load.aside.or_else(|| node.flights[key].take()).expect("a running load has a flight");
@@ -60,7 +60,7 @@ impl State {
             Verdict::Uncached => (context.note)(Fact::Uncached),
         }
         if verdict == Verdict::Publish && ours && !load.torn {
-            let word = node.gate.word();
+            let word = node.gate(context, key).word();
             let Sight { version, incarnation, lsn } = seen;
             node.entries[key] = Some(Entry { word, version, incarnation, lsn });
         } else if !aside && rules.on(Protection::UnkeptRemoves) {

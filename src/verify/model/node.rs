@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     change::Mark,
+    change_log,
     coherence::{Action, Boot, Coherence, Fence, Incarnation, Timing},
     fill::{Flight, Verdict},
     gate::{Before, Gate, Word, Words},
@@ -19,6 +20,9 @@ use super::{
     setup::{BEAT_TIMEOUT, Fact, LEASE, Property, Rules, Setup, Transport},
     world::{Horizon, KEYS, Message, Version, World},
 };
+
+/// The tables that the rows are of, at most.
+const TABLES: usize = 2;
 
 /// A row that is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,20 +75,24 @@ pub(super) struct Statement {
     pub(super) nonce: u8,
     pub(super) server: u8,
     pub(super) executed: Option<Horizon>,
+    /// Its message is in the queue, or it sends none.
+    pub(super) told: bool,
+    /// Its poll was done, or it polls for nothing.
+    pub(super) polled: bool,
 }
 
-/// The log transport's place: what the last statement could see, and in which incarnation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// The production's place in the log.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Position {
-    pub(super) horizon: Horizon,
+    pub(super) of: change_log::Position,
+    /// Of which incarnation it is, and how many of its commits it saw: for the properties.
     pub(super) incarnation: u8,
-    /// Commits that were visible, for the properties.
     pub(super) commits: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Hash)]
 pub(super) struct Node {
-    pub(super) gate: Gate,
+    pub(super) gates: [Gate; TABLES],
     pub(super) words: Words,
     pub(super) coherence: Coherence,
     pub(super) entries: [Option<Entry>; KEYS],
@@ -147,6 +155,17 @@ pub(super) struct Context<'a> {
     pub(super) note: &'a dyn Fn(Fact),
 }
 
+impl Context<'_> {
+    fn tables(&self) -> usize {
+        if self.setup.transport == Transport::Both { TABLES } else { 1 }
+    }
+
+    /// Whether what is held of a table may be served again after a gap, for what happened meanwhile has been applied.
+    fn resumes(&self, table: usize) -> bool {
+        self.setup.transport.logs(table) || !self.rules.on(Protection::OnlyLogResumes)
+    }
+}
+
 pub(super) fn nonce(n: u8) -> Uuid {
     Uuid::from_u128(u128::from(n))
 }
@@ -185,14 +204,14 @@ impl State {
         }
         let line = Line { id, server: 0, at: 0, woken: false, whole: true };
         let node = Node {
-            gate: Gate::closed(),
+            gates: [Gate::closed(), Gate::closed()],
             words: Words::default(),
             coherence: Coherence::new(timing, Boot::ZERO),
             entries: Default::default(),
             flights: Default::default(),
             loads: Vec::new(),
             inbox: Vec::new(),
-            lines: if setup.transport == Transport::Log { Vec::new() } else { vec![line] },
+            lines: if setup.transport.listens() { vec![line] } else { Vec::new() },
             relay,
             statements: Vec::new(),
             position: None,
@@ -221,8 +240,9 @@ impl State {
         let mut state = Self { world: World::new(), node, clients: Vec::new(), left, broken: None, watched };
         state.node.coherence.listening(incarnation(0));
         let horizon = state.shown_horizon(context, 0);
-        if setup.transport == Transport::Log {
-            state.node.position = Some(Position { horizon: state.world.horizon(0), incarnation: 0, commits: 0 });
+        if setup.transport.polls() {
+            let (of, _) = change_log::Position::after(None, state.look_at_log());
+            state.node.position = Some(Position { of, incarnation: 0, commits: 0 });
         }
         let node = &mut state.node;
         let fence = node.coherence.next_fence(Boot::ZERO, nonce(1)).expect("the first fence is due");
@@ -261,24 +281,31 @@ impl Node {
                     if self.before_gap.is_some() || self.words != Words::default() {
                         (context.note)(Fact::Reopened);
                     }
-                    let fresh = self.words.fresh(true);
-                    let word = match self.before_gap {
-                        // Rule `NewEpoch` or `ListenFirst` is switched off.
-                        Some(word) => word,
-                        None => fresh,
-                    };
-                    self.gate.show(word, Before::Forgotten);
+                    for (table, gate) in self.gates.iter().enumerate().take(context.tables()) {
+                        let fresh = self.words.fresh(true);
+                        if context.resumes(table) && gate.resume() {
+                            let is_served = |entry: &Entry| entry.word == gate.word();
+                            if self.entries.iter().flatten().any(is_served) {
+                                (context.note)(Fact::Resumed);
+                            }
+                            continue;
+                        }
+                        // Rule `NewEpoch` or `ListenFirst` is switched off: not the fresh one.
+                        gate.show(self.before_gap.unwrap_or(fresh), Before::Forgotten);
+                    }
                 }
                 Action::Close => {
                     if !context.rules.on(Protection::NewEpoch) {
-                        self.before_gap = Some(self.gate.word());
+                        self.before_gap = Some(self.gates[0].word());
                     }
                     let word = self.words.fresh(false);
-                    self.gate.show(word, Before::Stale);
+                    for gate in &self.gates {
+                        gate.show(word, Before::Stale);
+                    }
                     if !context.rules.on(Protection::ListenFirst) {
                         let word = self.words.fresh(true);
                         self.before_gap = Some(word);
-                        self.gate.show(word, Before::Forgotten);
+                        self.gates[0].show(word, Before::Forgotten);
                     }
                 }
                 Action::Release(fence) => self.released = fence,
@@ -289,7 +316,9 @@ impl Node {
     /// What `Tables::clear` does.
     pub(super) fn clear(&mut self) {
         let word = self.words.fresh(self.coherence.bypassed().is_none());
-        self.gate.show(word, Before::Forgotten);
+        for gate in &self.gates {
+            gate.show(word, Before::Forgotten);
+        }
     }
 
     /// What `Store::invalidate` does under the key's lock.
@@ -320,13 +349,23 @@ impl Node {
     }
 
     /// The word that flights are told.
-    pub(super) fn flight_word(&self, context: &Context<'_>) -> Word {
-        if context.rules.on(Protection::WordAtStart) { self.gate.word() } else { Words::default().fresh(true) }
+    pub(super) fn flight_word(&self, context: &Context<'_>, key: usize) -> Word {
+        if context.rules.on(Protection::WordAtStart) {
+            self.gate(context, key).word()
+        } else {
+            Words::default().fresh(true)
+        }
+    }
+
+    /// The gate of the table that this row is of.
+    pub(super) fn gate(&self, context: &Context<'_>, key: usize) -> &Gate {
+        &self.gates[context.setup.transport.table(key)]
     }
 
     /// The entry of a key, if it may be served.
-    pub(super) fn held(&self, key: usize) -> Option<Entry> {
-        self.entries[key].filter(|entry| entry.word == self.gate.word())
+    pub(super) fn held(&self, setup: &Setup, key: usize) -> Option<Entry> {
+        let gate = &self.gates[setup.transport.table(key)];
+        self.entries[key].filter(|entry| entry.word == gate.word())
     }
 
     pub(super) fn is_up(&self) -> bool {

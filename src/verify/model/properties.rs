@@ -1,8 +1,8 @@
 //! What must hold in every state. What a reader must be given stands where it is answered (`readers.rs`).
 
 use super::{
-    node::{Context, State, boot},
-    setup::{Fact, LEASE, Property, Transport},
+    node::{Context, Position, State, boot},
+    setup::{Fact, LEASE, Property},
     world::{KEYS, Stage, Version},
 };
 
@@ -13,11 +13,15 @@ impl State {
         if !node.inbox.is_empty() || !node.is_up() {
             return false;
         }
-        if context.setup.transport == Transport::Log {
-            let primary = world.primary();
-            return node.position.is_some_and(|position| {
-                usize::from(position.commits) == primary.history.len() && position.incarnation == primary.incarnation
-            });
+        let primary = world.primary();
+        let is_end = |position: &Position| {
+            usize::from(position.commits) == primary.history.len() && position.incarnation == primary.incarnation
+        };
+        if context.setup.transport.polls() && !node.position.as_ref().is_some_and(is_end) {
+            return false;
+        }
+        if !context.setup.transport.listens() {
+            return true;
         }
         let [line, ..] = &node.lines[..] else { return false };
         line.whole
@@ -32,7 +36,7 @@ impl State {
         for key in 0..context.setup.keys {
             let Some(entry) = self.node.entries[key] else { continue };
             let version = entry.version;
-            let held = self.node.held(key).is_some();
+            let held = self.node.held(context.setup, key).is_some();
             if held {
                 self.break_if(entry.incarnation != self.node.listens_to(), Property::Incarnation);
                 self.break_if(version < self.node.applied[key], Property::Applied);
@@ -45,7 +49,7 @@ impl State {
                     (context.note)(Fact::HitNewest);
                 }
             }
-            let stale = context.setup.stale && self.node.gate.is_stale(entry.word);
+            let stale = context.setup.stale && self.node.gate(context, key).is_stale(entry.word);
             if stale {
                 (context.note)(Fact::Stale);
                 self.break_if(version < self.node.returned[key], Property::Monotonic);

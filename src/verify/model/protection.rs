@@ -54,6 +54,18 @@ pub(super) enum Protection {
     LogBySnapshot,
     /// Whoever finds that rows of the log were removed before they were read forgets everything.
     LogHorizon,
+    /// After a gap only what the log tells of is served again; anything else begins anew.
+    OnlyLogResumes,
+    /// A fence counts when its poll was done.
+    FencePolls,
+    /// And when its message was applied.
+    FenceIsTold,
+    /// Its mark is what both have seen; without: what the message has.
+    MarkOfPoll,
+    /// The same; without: what the poll has.
+    MarkOfMessage,
+    /// A poll covers what is logged before its position, not at it (X24).
+    PollBehind,
     /// Postgres: delivered implies visible (A7).
     DeliveredVisible,
     /// Postgres: LISTEN takes its place at the first message that is not committed (A8).
@@ -89,6 +101,12 @@ impl Protection {
             Self::OverflowInFront => "the clear is put behind the fences",
             Self::LogBySnapshot => "the log is read by number",
             Self::LogHorizon => "removed rows of the log are not missed",
+            Self::OnlyLogResumes => "after a gap all that was held is served again",
+            Self::FencePolls => "a fence counts when its message was applied",
+            Self::FenceIsTold => "a fence counts when its poll was done",
+            Self::MarkOfPoll => "a fence stands for all that its message saw",
+            Self::MarkOfMessage => "a fence stands for all that its poll saw",
+            Self::PollBehind => "a poll covers what is logged at its position",
             Self::DeliveredVisible => "messages are delivered before their commit is visible",
             Self::ListenPlace => "LISTEN takes its place at the end of the queue",
         }

@@ -8,7 +8,7 @@ use crate::{
 };
 
 use super::{
-    node::{Context, State, mark},
+    node::{Context, State},
     protection::Protection,
     setup::{Fact, Property},
     world::{KEYS, Stage, Version},
@@ -53,7 +53,7 @@ impl State {
     /// A read that found nothing held: what `Store::ask` does under the key's lock.
     pub(super) fn ask(&mut self, context: &Context<'_>, key: usize, caller: Caller, join: Join) {
         let join = if context.rules.on(Protection::JoinCoherent) { join } else { Join::Running };
-        let live = self.node.flight_word(context);
+        let live = self.node.flight_word(context, key);
         match &mut self.node.flights[key] {
             Some(flight) => {
                 if flight.ask(caller, live, join) {
@@ -94,7 +94,7 @@ impl State {
 
     /// A read on terms that every running load under an open gate meets: a hit, or a question.
     fn read_current(&mut self, context: &Context<'_>, key: usize, caller: Caller) {
-        match self.node.held(key) {
+        match self.node.held(context.setup, key) {
             Some(entry) => self.answer(context, key, caller, (entry.version, entry.incarnation)),
             None => self.ask(context, key, caller, Join::Coherent),
         }
@@ -169,9 +169,9 @@ impl State {
     }
 
     /// `Table::held_together`: notes the word, and how far the log is covered.
-    pub(super) fn begin_pair(&mut self) {
+    pub(super) fn begin_pair(&mut self, context: &Context<'_>) {
         let covered = self.node.coherence.mark().map_or(0, |mark| mark.lsn);
-        let (word, applied) = (self.node.gate.word(), self.node.applied);
+        let (word, applied) = (self.node.gate(context, 0).word(), self.node.applied);
         self.clients.push(Client::Pair { word, covered, first: None, applied });
     }
 
@@ -216,10 +216,5 @@ impl State {
         }
         (context.note)(Fact::DirectRead);
         self.answer(context, key, caller, (version, incarnation));
-    }
-
-    /// The mark that a fence with this horizon carries.
-    pub(super) fn is_seen(horizon: super::world::Horizon, xid: u8) -> bool {
-        mark(horizon).snapshot.sees(u64::from(xid))
     }
 }

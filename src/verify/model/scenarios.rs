@@ -82,6 +82,8 @@ const FAILOVER: Setup = Setup { failovers: 1, fences: 2, writers: &[A, A], asks:
 const SPARE: Setup = Setup { spares: 1, drops: 1, fences: 1, writers: &[A, A], asks: 2, ..SMALL };
 const OVERFLOW: Setup = Setup { keys: 2, writers: &[AB, A], inbox_max: 1, asks: 2, fences: 1, fenced: 1, ..SMALL };
 const LOG: Setup = Setup { transport: Transport::Log, writers: &[A, A], fences: 3, asks: 2, ..SMALL };
+const BOTH: Setup =
+    Setup { transport: Transport::Both, keys: 2, writers: &[A, B], fences: 1, asks: 1, evictions: false, ..SMALL };
 const STALE: Setup = Setup { stale: true, drops: 1, fences: 1, asks: 3, writers: &[A], evictions: false, ..SMALL };
 
 /// All of them, in the order of the table.
@@ -337,6 +339,74 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "the log across a crash that loses commits",
         [Setup { crashes: 1, ..LOG }, Setup { crashes: 1, fences: 4, writers: &[A, A, A], ..LOG }],
         &[Fact::HitNewest, Fact::Lost, Fact::Reopened],
+    ),
+    holds(
+        "log-gap",
+        "I3",
+        "a gap, after which all that was held is served again, less what the log tells of",
+        [
+            Setup { ticks: 3, fences: 3, writers: &[A, A], ..LOG },
+            Setup { ticks: 3, fences: 3, writers: &[A, A, A], crashes: 1, rotations: 1, ..LOG },
+        ],
+        &[Fact::HitNewest, Fact::Resumed, Fact::Expired],
+    ),
+    holds(
+        "log-snapshot",
+        "X24 L2",
+        "two rows from memory, read as of one moment, by the positions of polls",
+        [
+            Setup { transport: Transport::Log, writers: &[AB, A], fences: 2, asks: 2, ..PAIR },
+            Setup { transport: Transport::Log, fences: 3, ..PAIR },
+        ],
+        &[Fact::TogetherRead, Fact::HitNewest],
+    ),
+    holds(
+        "both",
+        "I4",
+        "one table by messages and one by the log: fences of two parts, fenced reads of either table",
+        [Setup { fenced: 1, ..BOTH }, Setup { fences: 2, asks: 2, fenced: 1, ..BOTH }],
+        &[Fact::HitNewest, Fact::FencedRead, Fact::Voided],
+    ),
+    holds(
+        "both-gap",
+        "I3 X7",
+        "a gap: what the log tells of is served again, the rest begins anew",
+        [Setup { drops: 1, ..BOTH }, Setup { drops: 1, rotations: 1, asks: 2, ..BOTH }],
+        &[Fact::HitNewest, Fact::Resumed, Fact::Reopened],
+    ),
+    holds(
+        "both-token",
+        "L1",
+        "tokens of transactions that were told one way or the other",
+        [
+            Setup { tokens: 1, mark_step: true, begin_step: true, ..BOTH },
+            Setup { tokens: 1, asks: 2, mark_step: true, begin_step: true, ..BOTH },
+        ],
+        &[Fact::TokenRead, Fact::HitNewest],
+    ),
+    breaks("both-all-resume", "X7", &[Protection::OnlyLogResumes], Setup { drops: 1, ..BOTH }, Property::Covered),
+    breaks("fence-without-poll", "I4", &[Protection::FencePolls], Setup { fenced: 1, ..BOTH }, Property::Fenced),
+    breaks("fence-without-message", "I4", &[Protection::FenceIsTold], Setup { fenced: 1, ..BOTH }, Property::Fenced),
+    breaks(
+        "mark-of-message",
+        "L1",
+        &[Protection::MarkOfPoll],
+        Setup { tokens: 1, mark_step: true, ..BOTH },
+        Property::Token,
+    ),
+    breaks(
+        "mark-of-poll",
+        "L1",
+        &[Protection::MarkOfMessage],
+        Setup { tokens: 1, mark_step: true, ..BOTH },
+        Property::Token,
+    ),
+    breaks(
+        "poll-at-position",
+        "L2",
+        &[Protection::PollBehind],
+        Setup { transport: Transport::Log, writers: &[AB], fences: 2, ..PAIR },
+        Property::Snapshot,
     ),
     breaks(
         "log-by-number",

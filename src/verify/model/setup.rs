@@ -7,8 +7,43 @@ use super::protection::Protection;
 pub(super) enum Transport {
     /// Messages of the writers' transactions.
     Notify,
-    /// A table of changes, read by a statement that is the fence as well. Not built yet.
+    /// A table of changes, read by a statement that is the fence as well.
     Log,
+    /// Row `a` is of a table that is told by messages, row `b` of one that is told by the log. A fence is a message and a poll.
+    Both,
+}
+
+impl Transport {
+    /// Whether a writer of these keys sends messages.
+    pub(super) fn notifies(self, keys: u8) -> bool {
+        match self {
+            Self::Notify => true,
+            Self::Log => false,
+            Self::Both => keys & 1 == 1,
+        }
+    }
+
+    /// Whether changes of this row are written to the log.
+    pub(super) fn logs(self, key: usize) -> bool {
+        match self {
+            Self::Notify => false,
+            Self::Log => true,
+            Self::Both => key == 1,
+        }
+    }
+
+    /// Which table this row is of.
+    pub(super) fn table(self, key: usize) -> usize {
+        if self == Self::Both { key } else { 0 }
+    }
+
+    pub(super) fn listens(self) -> bool {
+        self != Self::Log
+    }
+
+    pub(super) fn polls(self) -> bool {
+        self != Self::Notify
+    }
 }
 
 /// What one writer does: one transaction.
@@ -131,8 +166,10 @@ impl Setup {
         if self.inbox_max > 0 {
             parts.push(format!("inbox {}", self.inbox_max));
         }
-        if self.transport == Transport::Log {
-            parts.push("log".into());
+        match self.transport {
+            Transport::Notify => {}
+            Transport::Log => parts.push("log".into()),
+            Transport::Both => parts.push("b by log".into()),
         }
         parts.join(", ")
     }
@@ -262,6 +299,8 @@ pub(super) enum Fact {
     Expired,
     /// The table was cleared by a message.
     Cleared,
+    /// A row that a gap had put out of service was served again.
+    Resumed,
 }
 
 /// Which rules are at work.

@@ -12,7 +12,7 @@ use super::{
     node::{Context, State},
     protection::Protection,
     readers::Client,
-    setup::{Fact, Property, Rules, Setup, Transport},
+    setup::{Fact, Property, Rules, Setup},
     world::{Stage, Version},
 };
 use crate::fill::Join;
@@ -32,6 +32,7 @@ pub(super) enum Step {
     SendFence,
     Execute(usize),
     QueueFence(usize),
+    Poll(usize),
     LoseStatement(usize),
     Cut(usize),
     Notice(usize),
@@ -111,6 +112,7 @@ impl Protocol {
                 }
             }
             Step::QueueFence(n) => state.queue_fence(context, n),
+            Step::Poll(n) => state.poll(context, n),
             Step::LoseStatement(n) => {
                 state.left.drops -= 1;
                 state.lose_statement(n);
@@ -137,7 +139,7 @@ impl Protocol {
                 state.begin_token(context, key, txn);
             }
             Step::Proceed(n) => state.proceed(context, n),
-            Step::Pair => state.begin_pair(),
+            Step::Pair => state.begin_pair(context),
             Step::LookUp(n) => state.look_up(context, n),
             Step::Direct { key } => {
                 state.left.direct -= 1;
@@ -175,7 +177,7 @@ impl Protocol {
                 node.looked = true;
                 let actions = node.coherence.tick(node.now());
                 node.perform(context, actions);
-                state.give_up_lines(context);
+                state.give_up_lines();
             }
             Step::Suspend => {
                 state.left.suspends -= 1;
@@ -187,7 +189,7 @@ impl Protocol {
                 let node = &mut state.node;
                 let actions = node.coherence.tick(node.now());
                 node.perform(context, actions);
-                state.give_up_lines(context);
+                state.give_up_lines();
             }
             _ => unreachable!("{step:?} happens to the node"),
         }
@@ -244,7 +246,7 @@ impl Protocol {
             steps.push(Step::Apply);
         }
         if !has_line && state.left.listens > 0 {
-            let first = if setup.transport == Transport::Log { world.servers.len() - 1 } else { 0 };
+            let first = if setup.transport.listens() { 0 } else { world.servers.len() - 1 };
             let servers = first..world.servers.len();
             steps.extend(servers.map(|server| Step::Listen { server: u8::try_from(server).expect("few servers") }));
         }
@@ -260,12 +262,16 @@ impl Protocol {
             steps.push(Step::SendFence);
         }
         for (n, statement) in node.statements.iter().enumerate().filter(|(_, it)| it.server != SENT) {
+            if !statement.polled {
+                steps.push(Step::Poll(n));
+            }
             match statement.executed {
+                _ if statement.told => {}
                 None => steps.push(Step::Execute(n)),
                 Some(_) if !world.commit_lock(statement.server) => steps.push(Step::QueueFence(n)),
                 Some(_) => {}
             }
-            if setup.transport == Transport::Log && state.left.drops > 0 {
+            if setup.transport.polls() && state.left.drops > 0 {
                 steps.push(Step::LoseStatement(n));
             }
         }
@@ -277,7 +283,7 @@ impl Protocol {
     fn reader_steps(&self, state: &State, steps: &mut Vec<Step>, context: &Context<'_>) {
         let (node, setup) = (&state.node, &self.setup);
         for key in State::keys(context) {
-            let held = node.held(key).is_some();
+            let held = node.held(setup, key).is_some();
             if !held && state.left.asks > 0 {
                 steps.push(Step::Ask { key });
             }
@@ -322,7 +328,7 @@ impl Protocol {
             }
         }
         let in_a_pair = |client: &Client| matches!(client, Client::Pair { .. });
-        if setup.together && node.held(0).is_some() && !state.clients.iter().any(in_a_pair) {
+        if setup.together && node.held(setup, 0).is_some() && !state.clients.iter().any(in_a_pair) {
             steps.push(Step::Pair);
         }
     }

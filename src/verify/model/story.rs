@@ -5,7 +5,7 @@ use super::{
     readers::Client,
     run::Outcome,
     scenarios::Scenario,
-    setup::{Setup, Transport, name_of_key},
+    setup::{Setup, name_of_key},
     steps::Step,
     world::{KEYS, Message, Stage, Version},
 };
@@ -24,13 +24,20 @@ pub(super) fn tell(scenario: &Scenario, outcome: &Outcome) -> String {
     for pair in path.windows(2) {
         let [(before, Some(step)), (after, _)] = pair else { continue };
         number += 1;
-        text += &format!("{number:>3}. {}{}\n", sentence(&outcome.setup, before, *step, after), changes(before, after));
+        text += &format!(
+            "{number:>3}. {}{}\n",
+            sentence(&outcome.setup, before, *step, after),
+            changes(&outcome.setup, before, after)
+        );
     }
     text += &format!("\nWrong: {}.\n", property.wrong());
     if let Some((last, _)) = path.last() {
         for key in 0..outcome.setup.keys {
             let row = last.world.primary().rows[key];
-            let held = last.node.held(key).map_or("nothing that is served".into(), |entry| content(entry.version));
+            let held = last
+                .node
+                .held(&outcome.setup, key)
+                .map_or("nothing that is served".into(), |entry| content(entry.version));
             text += &format!("Row {} is {}; the node holds {held}.\n", name_of_key(key), content(row));
         }
     }
@@ -63,6 +70,7 @@ fn message(message: Message) -> String {
         Message::All { txn } => format!("{}'s message about the whole table", writer(txn)),
         Message::Everything => "\"forget everything\"".into(),
         Message::Fence { nonce, .. } => format!("fence {nonce}"),
+        Message::Polled { nonce, .. } => format!("that the log was read for fence {nonce}"),
     }
 }
 
@@ -100,6 +108,10 @@ fn sentence(setup: &Setup, before: &State, step: Step, after: &State) -> String 
         Step::Evict { key } => format!("The entry of {} is evicted for space.", name_of_key(key)),
         Step::SendFence => "The keeper sends a fence.".into(),
         Step::Execute(_) => "The statement of the fence is executed.".into(),
+        Step::Poll(_) => {
+            let got = after.node.inbox.len() - before.node.inbox.len().min(after.node.inbox.len());
+            format!("The node polls the log for the fence, and finds {} message(s).", got.saturating_sub(1))
+        }
         Step::QueueFence(_) => "The fence commits, and its message is in the queue.".into(),
         Step::LoseStatement(_) => "The statement of the fence fails; the node sends another one later.".into(),
         Step::Cut(n) => format!("The connection of line {} is cut; the node does not know.", n + 1),
@@ -150,7 +162,7 @@ fn commit(setup: &Setup, before: &State, n: u8, after: &State) -> String {
         _ => "is visible, and has woken the listeners".into(),
     };
     let xid = after.world.txns[usize::from(n)].xid;
-    let id = if from == Stage::Idle && (setup.tokens > 0 || setup.transport == Transport::Log) {
+    let id = if from == Stage::Idle && (setup.tokens > 0 || setup.transport.polls()) {
         format!(" (id {xid})")
     } else {
         String::new()
@@ -159,7 +171,7 @@ fn commit(setup: &Setup, before: &State, n: u8, after: &State) -> String {
 }
 
 /// What a reader would notice beside the step itself.
-fn changes(before: &State, after: &State) -> String {
+fn changes(setup: &Setup, before: &State, after: &State) -> String {
     let mut text = String::new();
     match (before.node.is_up(), after.node.is_up()) {
         (true, false) => text += " The node closes its gates.",
@@ -167,7 +179,7 @@ fn changes(before: &State, after: &State) -> String {
         _ => {}
     }
     for key in 0..KEYS {
-        let (was, is) = (before.node.held(key), after.node.held(key));
+        let (was, is) = (before.node.held(setup, key), after.node.held(setup, key));
         match (was, is) {
             (None, Some(entry)) => {
                 text += &format!(" {} = {} is held, and served.", name_of_key(key), content(entry.version));
@@ -176,7 +188,7 @@ fn changes(before: &State, after: &State) -> String {
             _ => {}
         }
         let (was, is) = (before.node.returned[key], after.node.returned[key]);
-        if was < is && after.node.held(key).is_none() {
+        if was < is && after.node.held(setup, key).is_none() {
             text += &format!(" Readers are given {} = {}.", name_of_key(key), content(is));
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Idle → Writing → Queued → Logged → Visible → Done        NOTIFY: one transaction at a time between Queued and Visible (A6)
-//! Idle → Writing ─────────→ Logged → Visible → Done        log: any number
+//! Idle → Writing ─────────→ Logged → Visible → Done        log alone: any number
 //! ```
 
 use super::setup::{Setup, Transport, Writer};
@@ -42,6 +42,8 @@ pub(super) struct Txn {
     pub(super) server: u8,
     pub(super) incarnation: u8,
     pub(super) xid: u8,
+    /// It sends messages.
+    pub(super) notifies: bool,
     pub(super) wrote: [Version; KEYS],
     pub(super) visible_at: u8,
 }
@@ -72,6 +74,11 @@ pub(super) enum Message {
         nonce: u8,
         horizon: Horizon,
     },
+    /// What a poll found stands before this. It is part of this fence.
+    Polled {
+        nonce: u8,
+        horizon: Horizon,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -83,7 +90,7 @@ pub(super) struct Server {
     /// NOTIFY's queue, or nothing.
     pub(super) queue: Vec<Message>,
     pub(super) next_xid: u8,
-    /// Commit records written.
+    /// Records written: a transaction's commit, and, where the log is polled, what it wrote.
     pub(super) lsn: u8,
     /// Ids below this one have no rows in the log any more.
     pub(super) log_begins: u8,
@@ -115,25 +122,27 @@ impl World {
         self.servers.last().expect("there is a primary")
     }
 
-    fn primary_id(&self) -> u8 {
+    pub(super) fn primary_id(&self) -> u8 {
         u8::try_from(self.servers.len() - 1).expect("few servers")
     }
 
     /// Whether somebody holds the lock that orders commits.
     pub(super) fn commit_lock(&self, server: u8) -> bool {
-        self.txns.iter().any(|txn| txn.server == server && matches!(txn.stage, Stage::Queued | Stage::Logged))
+        let holds = |txn: &Txn| txn.notifies && matches!(txn.stage, Stage::Queued | Stage::Logged);
+        self.txns.iter().any(|txn| txn.server == server && holds(txn))
     }
 
     /// Takes a transaction to the next stage at which the scenario stops. Returns whether that could be done.
     pub(super) fn advance(&mut self, setup: &Setup, n: u8) -> bool {
-        let log = setup.transport == Transport::Log;
+        let writer = setup.writers[usize::from(n)];
+        let notifies = setup.transport.notifies(writer.keys);
         loop {
-            if !self.step(setup.writers[usize::from(n)], n, log) {
+            if !self.step(setup.transport, writer, n) {
                 return false;
             }
             let stop = match self.txns[usize::from(n)].stage {
-                Stage::Writing => log || setup.begin_step,
-                Stage::Queued => !log,
+                Stage::Writing => !notifies || setup.begin_step,
+                Stage::Queued => notifies,
                 Stage::Logged => setup.log_step,
                 Stage::Visible => setup.signal_step,
                 _ => true,
@@ -144,8 +153,9 @@ impl World {
         }
     }
 
-    fn step(&mut self, writer: Writer, n: u8, log: bool) -> bool {
+    fn step(&mut self, transport: Transport, writer: Writer, n: u8) -> bool {
         let (id, now) = (self.primary_id(), self.now);
+        let notifies = transport.notifies(writer.keys);
         let writes = |key: usize| writer.keys >> key & 1 == 1;
         let stage = self.txns[usize::from(n)].stage;
         let locked = |key: usize| {
@@ -157,7 +167,7 @@ impl World {
         };
         match stage {
             Stage::Idle if (0..KEYS).any(|key| writes(key) && locked(key)) => return false,
-            Stage::Writing if !log && self.commit_lock(id) => return false,
+            Stage::Writing if notifies && self.commit_lock(id) => return false,
             _ => {}
         }
         let server = self.servers.last_mut().expect("there is a primary");
@@ -166,6 +176,8 @@ impl World {
             Stage::Idle => {
                 (txn.server, txn.incarnation, txn.xid) = (id, server.incarnation, server.next_xid);
                 server.next_xid += 1;
+                server.lsn += u8::from(transport.polls());
+                txn.notifies = notifies;
                 for key in (0..KEYS).filter(|key| writes(*key)) {
                     let row = server.rows[key];
                     let number = if row.era == server.incarnation { row.number + 1 } else { 1 };
@@ -174,10 +186,11 @@ impl World {
                 Stage::Writing
             }
             Stage::Writing => {
-                if !log && writer.all {
+                if notifies && writer.all {
                     server.queue.push(Message::All { txn: n });
-                } else if !log {
-                    let keys = (0..2).filter(|key| writes(usize::from(*key)));
+                } else if notifies {
+                    let told = |key: usize| writes(key) && !transport.logs(key);
+                    let keys = (0..2).filter(|key| told(usize::from(*key)));
                     server.queue.extend(keys.map(|key| Message::Change { txn: n, key }));
                 }
                 Stage::Queued
@@ -218,7 +231,7 @@ impl World {
             Message::Change { txn, .. } | Message::All { txn } => {
                 !only_visible || !matches!(self.txns[usize::from(*txn)].stage, Stage::Queued | Stage::Logged)
             }
-            Message::Fence { .. } | Message::Everything => true,
+            Message::Fence { .. } | Message::Polled { .. } | Message::Everything => true,
         };
         self.servers[usize::from(server)].queue[usize::from(at)..].iter().take_while(told).count()
     }
