@@ -48,7 +48,10 @@ const ALL_SEEN_AFTER: u64 = 300;
 const READS: [&str; 9] = ["get", "try_get", "peek", "get_many", "snapshot", "Within", "Fenced", "AtLeast", "Any"];
 
 /// What must have happened, apart from the faults that are listed.
-const EVENTS: [&str; 26] = [
+const EVENTS: [&str; 29] = [
+    "row served again after a gap",
+    "node that does not listen",
+    "poll that found something",
     "gap",
     "handoff",
     "overflow",

@@ -33,6 +33,7 @@ use crate::{
 pub(super) struct SimServer {
     world: Arc<World>,
     node: NodeId,
+    listens: bool,
 }
 
 /// A line of a node.
@@ -83,8 +84,8 @@ fn unreachable(what: &str) -> Error {
 }
 
 impl SimServer {
-    pub(super) fn new(world: &Arc<World>, node: NodeId) -> Self {
-        Self { world: Arc::clone(world), node }
+    pub(super) fn new(world: &Arc<World>, node: NodeId, listens: bool) -> Self {
+        Self { world: Arc::clone(world), node, listens }
     }
 
     /// Connects to where the listener's address leads.
@@ -119,8 +120,10 @@ impl Server for SimServer {
                 inner.servers[server].listen_at()
             };
             let line = SimLine { world: Arc::clone(world), server, incarnation, wire: Arc::clone(&wire) };
-            let listening = listen(Arc::clone(world), Arc::clone(&wire), server, at, own_channel.to_owned(), hear);
-            world.spawn(Some(self.node), listening);
+            if self.listens {
+                let listening = listen(Arc::clone(world), Arc::clone(&wire), server, at, own_channel.to_owned(), hear);
+                world.spawn(Some(self.node), listening);
+            }
             world.statement().await;
             // The control connection.
             if self.connect().await? != server || wire.ended.load(Ordering::Relaxed) {
@@ -159,11 +162,17 @@ impl Server for SimServer {
         Box::pin(send(Arc::clone(&self.world), at, None, own_channel.to_owned(), fence))
     }
 
-    fn tell(&self, payload: String, _: Via) -> Answer<'_, ()> {
+    fn tell(&self, payload: String, via: Via) -> Answer<'_, ()> {
         let at = self.world.lock().pool_at;
+        let world = Arc::clone(&self.world);
         Box::pin(async move {
-            let sent = super::transaction::notify(Arc::clone(&self.world), at, None, move |_| payload, None);
-            in_the_server(&self.world, sent).await.map(|_| ())
+            match via {
+                Via::Notify => {
+                    let sent = super::transaction::notify(world, at, None, move |_| payload, None);
+                    in_the_server(&self.world, sent).await.map(|_| ())
+                }
+                Via::Log => in_the_server(&self.world, super::transaction::log(world, at, payload)).await,
+            }
         })
     }
 
@@ -237,26 +246,42 @@ impl Line for SimLine {
     fn verify<'a>(&'a self, _: &'a str) -> Answer<'a, Result<Trust, String>> {
         Box::pin(async move {
             let (catalogue, on) = self.ask(|server| (server.catalogue, server.triggers_on)).await?;
-            let trust = Trust { fingerprint: fingerprint(catalogue), key: KEY.into(), ..Trust::default() };
+            let trust = Trust { fingerprint: fingerprint(catalogue), key: KEY.into(), via: self.world.via() };
             Ok(if on { Ok(trust) } else { Err("its triggers are off".into()) })
         })
     }
 
-    fn poll<'a>(&'a self, _: Option<&'a Position>, _: &'a (dyn Fn(String) + Send + Sync)) -> Answer<'a, Polled> {
+    fn poll<'a>(
+        &'a self,
+        since: Option<&'a Position>,
+        read: &'a (dyn Fn(String) + Send + Sync),
+    ) -> Answer<'a, Polled> {
         Box::pin(async move {
-            // No table is told by way of the log.
-            let (snapshot, lsn) = self.ask(|server| (server.snapshot(), server.lsn())).await?;
-            let snapshot = snapshot.parse().expect("a snapshot");
+            let by_log = self.world.via() == Via::Log;
+            let look = |server: &super::database::Server| {
+                let found = since.map(|since| server.logged_since(since)).unwrap_or_default();
+                (server.snapshot(), server.lsn(), server.trimmed_below, found)
+            };
+            let (snapshot, lsn, horizon, mut found) = self.ask(look).await?;
+            let messages = found.len();
+            if messages > 0 {
+                self.world.count("poll that found something");
+            }
+            let later = found.split_off(messages / 2);
+            found.into_iter().for_each(|(_, message)| read(message));
+            // What is removed now has not been read.
+            let horizon_after = self.ask(|server| server.trimmed_below).await?;
+            later.into_iter().filter(|(xid, _)| *xid >= horizon_after).for_each(|(_, message)| read(message));
             Ok(Polled {
                 incarnation: self.incarnation,
                 standby: false,
-                snapshot,
-                // Further than what the server says: `mark` takes one off.
-                lsn: lsn + 1,
-                horizon: 0,
-                horizon_after: 0,
+                snapshot: snapshot.parse().expect("a snapshot"),
+                // Without the log further than what the server says, for `mark` takes one off.
+                lsn: lsn + u64::from(!by_log),
+                horizon,
+                horizon_after,
                 read: BTreeSet::new(),
-                messages: 0,
+                messages,
             })
         })
     }

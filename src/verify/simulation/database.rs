@@ -13,6 +13,7 @@ use tokio::sync::{Mutex as Lock, Notify, RwLock};
 use uuid::Uuid;
 
 use crate::{
+    change_log::Position,
     coherence::Incarnation,
     verify::history::{Key, Version, Write},
 };
@@ -41,6 +42,8 @@ pub(super) struct Commit {
     pub(super) rows: Vec<(Key, Option<Version>)>,
     /// It survives a crash.
     pub(super) flushed: bool,
+    /// What it has put into the change log.
+    pub(super) messages: Vec<String>,
 }
 
 /// One server, from a start to a crash: a server that is started again is another one.
@@ -63,6 +66,8 @@ pub(super) struct Server {
     base: Rows,
     pub(super) queue: Vec<Message>,
     pub(super) visible: BTreeSet<Number>,
+    /// Messages of transactions below this id have been removed from the change log.
+    pub(super) trimmed_below: u64,
     pub(super) locks: Locks,
 }
 
@@ -98,6 +103,7 @@ impl Server {
             log,
             base,
             queue: Vec::new(),
+            trimmed_below: 0,
             locks: Locks {
                 table: Arc::default(),
                 rows: Arc::new((0..keys).map(|_| Arc::default()).collect()),
@@ -130,6 +136,21 @@ impl Server {
     /// The position in the log: commits logged so far.
     pub(super) fn lsn(&self) -> u64 {
         self.log.len() as u64 + 1
+    }
+
+    /// What a poll from this position on finds in the change log, and of which transactions.
+    pub(super) fn logged_since(&self, since: &Position) -> Vec<(u64, String)> {
+        let is_new = |xid: u64| xid >= since.since() || since.pending().contains(&xid);
+        let commits = self.log.iter().filter(|it| self.visible.contains(&it.by) && is_new(it.xid));
+        commits
+            .filter(|it| it.xid >= self.trimmed_below)
+            .flat_map(|it| it.messages.iter().map(|message| (it.xid, message.clone())))
+            .collect()
+    }
+
+    /// Removes the messages of all that has ended.
+    pub(super) fn trim(&mut self) {
+        self.trimmed_below = self.running.first().copied().unwrap_or(self.next_xid);
     }
 
     /// Writes the commit record.
@@ -193,6 +214,7 @@ impl Server {
         let keys = self.locks.rows.len();
         let mut new = Server::new(canary, self.era + 1, self.base.clone(), log, keys);
         (new.triggers_on, new.catalogue) = (self.triggers_on, self.catalogue);
+        new.trimmed_below = self.trimmed_below.min(new.next_xid);
         (new, lost)
     }
 

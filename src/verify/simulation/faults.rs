@@ -34,10 +34,11 @@ pub(super) enum Fault {
     StuckCommits,
     Forgery,
     Flood,
+    Trim,
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::SlowChannel,
         Self::Stall,
         Self::Cut,
@@ -52,6 +53,7 @@ impl Fault {
         Self::StuckCommits,
         Self::Forgery,
         Self::Flood,
+        Self::Trim,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -70,6 +72,7 @@ impl Fault {
             Self::StuckCommits => "commits are stuck at times",
             Self::Forgery => "forged message",
             Self::Flood => "flood",
+            Self::Trim => "change log trimmed",
         }
     }
 }
@@ -130,6 +133,11 @@ fn strike(world: &Arc<World>, fault: Fault) {
             later(world, lasts, move |inner| inner.servers[at].refuses = false);
         }
         Fault::Forgery => forge(world),
+        Fault::Trim => {
+            let mut inner = world.lock();
+            let at = inner.primary;
+            inner.servers[at].trim();
+        }
         Fault::Flood => {
             for _ in 0..40 {
                 let key = any_key(&mut world.lock());

@@ -63,6 +63,8 @@ pub(super) struct Setup {
     pub(super) capacity: usize,
     pub(super) hashed: bool,
     pub(super) redundant: bool,
+    /// It listens to no notifications.
+    pub(super) deaf: bool,
     pub(super) inbox_bytes_max: usize,
     pub(super) fallback: Fallback,
     pub(super) refill: usize,
@@ -83,7 +85,8 @@ impl Setup {
         config.beat_timeout = BEAT_TIMEOUT;
         config.lease = LEASE;
         config.fence_spacing = Duration::from_millis(5);
-        config.redundant_listener = self.redundant;
+        config.listen = !self.deaf;
+        config.redundant_listener = self.redundant && !self.deaf;
         config.loads_max = self.loads_max;
         config.load_keys_max = self.load_keys_max;
         config.load_timeout = LOAD_MAX;
@@ -129,7 +132,7 @@ pub(super) fn secret() -> Secret {
 
 /// Starts a node; the second value tells when it is coherent.
 pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Receiver<Result<()>> {
-    let server = Arc::new(SimServer::new(world, id));
+    let server = Arc::new(SimServer::new(world, id, !setup.deaf));
     let host = Arc::new(SimHost { id, world: Arc::clone(world) });
     let shared = Shared::new(setup.config(), server, host);
     let limits = Limits { runners_max: setup.loads_max, batch_max: setup.load_keys_max };
@@ -173,7 +176,7 @@ async fn clock(shared: Arc<Shared>) {
 fn trust(world: &World) -> Trust {
     let inner = world.lock();
     let server = &inner.servers[inner.primary];
-    Trust { fingerprint: fingerprint(server.catalogue), key: KEY.into(), ..Trust::default() }
+    Trust { fingerprint: fingerprint(server.catalogue), key: KEY.into(), via: inner.via }
 }
 
 pub(super) fn fingerprint(catalogue: u64) -> String {

@@ -16,14 +16,15 @@ use super::{
     node::{self, LEASE, LOAD_MAX, Setup},
     quiet, readers,
     transaction::{self, Plan},
-    world::World,
+    world::{Inner, World},
 };
 use crate::{
     config::TICK,
     freshness::Fallback,
+    tables::Via,
     verify::{
         checker::{self, Promises, Report, Violation},
-        history::{NodeId, Time},
+        history::{Mode, NodeId, Noted, Time},
     },
 };
 
@@ -82,7 +83,8 @@ async fn simulate(seed: u64, size: Size) -> Outcome {
     let mut dice = Dice::new(seed ^ 0xd1ce);
     let tasks = Arc::new(Tasks::default());
     let keys = dice.pick(&[3, 8, 24]);
-    let world = World::new(seed, keys, Arc::clone(&tasks));
+    let via = if dice.once_in(3) { Via::Log } else { Via::Notify };
+    let world = World::new(seed, keys, via, Arc::clone(&tasks));
     let mut executor = Executor::new(Arc::clone(&tasks), seed);
     let all = dice.once_in(4);
     let kinds: Vec<_> = Fault::ALL.into_iter().filter(|_| all || dice.once_in(3)).collect();
@@ -90,6 +92,7 @@ async fn simulate(seed: u64, size: Size) -> Outcome {
         capacity: dice.pick(&[1, 4, 10, 1000]),
         hashed: dice.once_in(3),
         redundant: dice.once_in(3),
+        deaf: false,
         inbox_bytes_max: dice.pick(&[2000, 6000, 1 << 20]),
         fallback: Fallback::Bypass,
         refill: dice.pick(&[0, 1000]),
@@ -109,7 +112,11 @@ async fn story(world: Arc<World>, size: Size, setup: Setup, kinds: Vec<Fault>, s
             1 => Fallback::Fail,
             _ => Fallback::Bypass,
         });
-        let ready = node::start(&world, id, Setup { fallback, ..setup });
+        let deaf = world.via() == Via::Log && world.roll(|dice| dice.once_in(2));
+        if deaf {
+            world.count("node that does not listen");
+        }
+        let ready = node::start(&world, id, Setup { fallback, deaf, ..setup });
         if !matches!(timeout(quiet::RECOVERY, ready).await, Ok(Ok(Ok(())))) {
             world.found(id, 0, "did not start, and nothing was in the way");
         }
@@ -179,6 +186,25 @@ async fn flush(world: Arc<World>) {
     }
 }
 
+/// What is told by way of the log may be served again after a gap: what happened meanwhile was read.
+fn forgive_resumed(inner: &mut Inner) {
+    let gaps: Vec<(NodeId, Time)> = inner
+        .history
+        .notes
+        .iter()
+        .filter_map(|(node, at, noted)| matches!(noted, Noted::Gap { .. }).then_some((*node, *at)))
+        .collect();
+    for read in inner.history.reads.iter_mut().filter(|read| read.mode != Mode::Any) {
+        let loaded = read.loaded.take();
+        let is_between = |(node, at): &(NodeId, Time)| {
+            *node == read.node && loaded.is_some_and(|loaded| loaded < *at) && *at < read.start
+        };
+        if gaps.iter().any(is_between) {
+            *inner.counts.entry("row served again after a gap").or_default() += 1;
+        }
+    }
+}
+
 fn judge(world: &World, steps: u64, size: Size) -> Outcome {
     let mut inner = world.lock();
     let inner = &mut *inner;
@@ -188,6 +214,9 @@ fn judge(world: &World, steps: u64, size: Size) -> Outcome {
     // The lease and the look at it; or a load that was joined while not coherent, and the one after it.
     let bound = (LEASE + TICK).max(2 * LOAD_MAX) + Duration::from_millis(2);
     let promises = Promises { staleness_bound: Time::try_from(bound.as_nanos()).expect("short") };
+    if inner.via == Via::Log {
+        forgive_resumed(inner);
+    }
     let report = checker::check(&inner.history, promises);
     let trace = |node: NodeId, key| inner.trace.of(node, key, TOLD).join("\n");
     let told = |violation: &Violation| format!("{violation}\n{}", trace(violation.node, violation.key));

@@ -16,6 +16,7 @@ use crate::{
     error::{Error, Kind, Result},
     hashed::Hashed,
     key::KeyPart,
+    tables::Via,
     token::{Token, incarnation_id},
     verify::history::{Key, Outcome, Time, Version, Write},
 };
@@ -99,6 +100,36 @@ pub(super) async fn notify(
     server.show(number, xid, &[]);
     drop(held);
     Ok(true)
+}
+
+/// A transaction that does nothing but put a message into the change log.
+pub(super) async fn log(world: Arc<World>, server: usize, payload: String) -> Result<()> {
+    let (number, xid) = {
+        let mut inner = world.lock();
+        let number = inner.number();
+        let server = &mut inner.servers[server];
+        if !server.alive {
+            return Err(gone());
+        }
+        (number, server.begin())
+    };
+    world.pause(1).await;
+    {
+        let mut inner = world.lock();
+        let server = &mut inner.servers[server];
+        if !server.alive {
+            return Err(gone());
+        }
+        server.record(Commit { by: number, xid, rows: Vec::new(), flushed: true, messages: vec![payload] });
+    }
+    world.pause(1).await;
+    let mut inner = world.lock();
+    let server = &mut inner.servers[server];
+    if !server.alive {
+        return Err(gone());
+    }
+    server.show(number, xid, &[]);
+    Ok(())
 }
 
 /// What a transaction has done so far.
@@ -287,13 +318,14 @@ impl Work {
 
     async fn commit(&self, world: &Arc<World>, lock: Arc<tokio::sync::Mutex<()>>) {
         let sent = world.stamp();
-        let queued = if self.messages.is_empty() { None } else { Some(lock.lock_owned().await) };
+        let notifies = !self.messages.is_empty() && world.via() == Via::Notify;
+        let queued = if notifies { Some(lock.lock_owned().await) } else { None };
         if !world.lock().servers[self.server].alive {
             return self.ends(world, Outcome::RolledBack);
         }
         // Noted before anybody can see it.
         self.noted(world, sent, Outcome::Committed);
-        {
+        if notifies {
             let mut inner = world.lock();
             let messages = self.messages.iter().map(|payload| Message {
                 channel: None,
@@ -314,7 +346,8 @@ impl Work {
                 inner.outcome(self.number, Outcome::RolledBack);
                 return;
             }
-            server.record(Commit { by: self.number, xid: self.xid, rows: rows.clone(), flushed });
+            let messages = if notifies { Vec::new() } else { self.messages.clone() };
+            server.record(Commit { by: self.number, xid: self.xid, rows: rows.clone(), flushed, messages });
             if self.server != inner.primary {
                 // Whatever a replaced server does is lost with it.
                 let with = inner.servers[self.server].era;

@@ -24,6 +24,7 @@ use crate::{
     key::KeyPart,
     status::Event,
     sync::lock,
+    tables::Via,
     token::Token,
     verify::history::{History, Key, NodeId, Noted, Outcome, Time},
 };
@@ -45,6 +46,8 @@ pub(super) struct Inner {
     pub(super) pool_at: usize,
     pub(super) listener_at: usize,
     pub(super) keys: usize,
+    /// How nodes are told of changes of the table.
+    pub(super) via: Via,
     pub(super) next_number: Number,
     pub(super) versions: BTreeMap<Key, u64>,
     /// The keys of a table whose keys are sent as hashes.
@@ -112,7 +115,7 @@ impl Weather {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, keys: usize, tasks: Arc<Tasks>) -> Arc<Self> {
+    pub(super) fn new(seed: u64, keys: usize, via: Via, tasks: Arc<Tasks>) -> Arc<Self> {
         let (rows, writes): (Rows, _) = database::first_rows(keys);
         let versions = rows.keys().map(|key| (*key, 1)).collect();
         let mut dice = Dice::new(seed);
@@ -124,6 +127,7 @@ impl World {
             pool_at: 0,
             listener_at: 0,
             keys,
+            via,
             next_number: 1,
             versions,
             hashes: BTreeMap::new(),
@@ -148,6 +152,10 @@ impl World {
             step_began: 0,
         };
         Arc::new(Self { tasks, base: Instant::now(), inner: Mutex::new(inner) })
+    }
+
+    pub(super) fn via(&self) -> Via {
+        self.lock().via
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
