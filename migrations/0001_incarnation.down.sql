@@ -31,7 +31,7 @@ end
 $$;
 
 drop view if exists rowcache.standby_stamp;
-drop function if exists rowcache.trim_log();
+drop function if exists rowcache.trim_log(xid8);
 drop function if exists rowcache.poll(xid8, xid8[], xid8[]);
 drop function if exists rowcache.standby_canary();
 drop function if exists rowcache.log_change(text);

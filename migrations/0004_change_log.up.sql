@@ -134,34 +134,56 @@ $$;
 comment on function rowcache.poll(xid8, xid8[], xid8[]) is
   'What has become visible in the change log: transactions from `since` on, without `skip`, and those of `pending`. First row: the snapshot up to which this is; last row: below which id messages may be missing';
 
-create or replace function rowcache.trim_log() returns boolean
+create or replace function rowcache.trim_log(before xid8 default null) returns boolean
   -- Definer, because TRUNCATE is the owner's.
   language plpgsql volatile security definer
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  ended bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+  seen pg_snapshot := pg_current_snapshot();
+  ended bigint := pg_snapshot_xmax(seen)::text::bigint;
   range bigint := ended >> 19;
   kept_from bigint := greatest(range - 1, 0) << 19;
+  next_bin regclass := format('rowcache.change_log_%s', (range + 1) % 3);
+  -- What still runs may yet write messages.
+  aged bigint := least(before, pg_snapshot_xmin(seen))::text::bigint;
+  rows_max int := 20000;
+  removed int;
 begin
-  -- One beyond what there has been comes from the dump of another server.
-  if (select q.last_value between kept_from and ended from rowcache.log_horizon q) then
-    return true;
-  end if;
   begin
-    -- Nobody waits for this, and it waits for nobody: who has written to that bin and not ended yet keeps it.
-    execute format('lock table rowcache.change_log_%s in access exclusive mode nowait', (range + 1) % 3);
+    -- Nobody waits for this, and it waits for nobody. First whoever else trims: the horizon only moves up.
+    lock table rowcache.change_log_0 in share update exclusive mode nowait;
+    -- One beyond what there has been comes from the dump of another server.
+    select case when q.last_value > ended then -1 else greatest(q.last_value, aged) end into aged from rowcache.log_horizon q;
+    if pg_relation_size(next_bin) > 0 or aged < kept_from then
+      -- Who has written to that bin and not ended yet keeps it.
+      execute format('lock table %s in access exclusive mode nowait', next_bin);
+      aged := greatest(aged, kept_from);
+      -- Under the lock, and before the rows are gone: whoever misses them finds the horizon moved.
+      perform setval('rowcache.log_horizon', aged);
+      execute format('truncate %s', next_bin);
+    end if;
   exception when lock_not_available then
     return false;
   end;
-  -- Under the lock, and before the rows are gone: whoever misses them finds the horizon moved.
-  perform setval('rowcache.log_horizon', kept_from);
-  execute format('truncate rowcache.change_log_%s', (range + 1) % 3);
+  if before is null then
+    return true;
+  end if;
+  perform setval('rowcache.log_horizon', aged);
+  for bin in 0..2 loop
+    execute format('delete from rowcache.change_log_%1$s where ctid = any (array(
+      select l.ctid from rowcache.change_log_%1$s l where l.xid < $1 order by l.xid limit $2))', bin)
+      using aged::text::xid8, rows_max;
+    get diagnostics removed = row_count;
+    if removed = rows_max then
+      return false;
+    end if;
+  end loop;
   return true;
 end
 $$;
-comment on function rowcache.trim_log() is
-  'Empties the bin that is written to next, if that is due. False: somebody still uses it; try again. Anybody may call it';
+comment on function rowcache.trim_log(xid8) is
+  'Empties the bin that is written to next, if that is due, and removes messages of transactions below `before`. False: somebody is in the way, or there is more; call it again. Anybody may call it';
 
 create or replace function rowcache.standby_canary() returns uuid
   language sql stable

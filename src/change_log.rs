@@ -55,6 +55,11 @@ impl Polled {
         Mark { snapshot: self.snapshot.clone(), lsn: self.lsn.saturating_sub(1) }
     }
 
+    /// Below this all had ended.
+    pub(crate) fn xmin(&self) -> u64 {
+        self.snapshot.xmin()
+    }
+
     /// In which of the log's ranges of ids the server is.
     pub(crate) fn range(&self) -> u64 {
         self.snapshot.xmax() >> RANGE_BITS

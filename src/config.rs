@@ -86,6 +86,11 @@ pub struct Config {
     /// that have such tables open poll more often than once a [`beat`](Self::beat). Default 50 ms.
     pub poll_max: Duration,
 
+    /// Messages stay in the change log for this long, and at most twice this; those of more than a million later transactions
+    /// go earlier. A node that was away for longer forgets everything. Default 1 hour: it bounds for how long keys of changed rows
+    /// can be read there, and costs one statement in that time.
+    pub log_retention: Duration,
+
     /// SQL statements that load rows at the same time, all tables together. At least 1. Default 4: each takes
     /// whatever has queued up meanwhile, so more statements mean smaller ones, not more rows.
     pub loads_max: usize,
@@ -141,6 +146,7 @@ impl Config {
             pooler: false,
             poll_min: Duration::from_millis(10),
             poll_max: Duration::from_millis(50),
+            log_retention: Duration::from_hours(1),
             loads_max: LOADS_MAX as usize,
             load_keys_max: 512,
             load_timeout: Duration::from_secs(5),
@@ -187,6 +193,9 @@ impl Config {
         if self.poll_min.is_zero() || self.poll_max < self.poll_min {
             return wrong("`poll_min` must be longer than zero, and `poll_max` not shorter than that");
         }
+        if self.log_retention < self.lease {
+            return wrong("`log_retention` must not be shorter than `lease`, or what a short gap missed would be gone");
+        }
         if self.loads_max == 0 || self.load_keys_max == 0 {
             return wrong("`loads_max` and `load_keys_max` must be at least 1, or nothing could be loaded");
         }
@@ -196,10 +205,19 @@ impl Config {
         if self.loads_max > COUNT_MAX || self.events_max > COUNT_MAX {
             return wrong("`loads_max` and `events_max` must be at most a million");
         }
-        let times = [self.beat, self.beat_timeout, self.lease, self.fence_spacing, self.load_timeout, self.poll_max];
+        let times = [
+            self.beat,
+            self.beat_timeout,
+            self.lease,
+            self.fence_spacing,
+            self.load_timeout,
+            self.poll_max,
+            self.log_retention,
+        ];
         if times.iter().any(|it| *it > YEAR) {
             return wrong(
-                "`beat`, `beat_timeout`, `lease`, `fence_spacing`, `load_timeout` and `poll_max` must be at most a year",
+                "`beat`, `beat_timeout`, `lease`, `fence_spacing`, `load_timeout`, `poll_max` and `log_retention` must be at most \
+                 a year",
             );
         }
         Ok(())

@@ -70,6 +70,7 @@ pub(crate) trait Line: Send + Sync {
     /// Reads the change log from this position on; from nowhere: only where it ends. `read` is given each message, as it comes.
     fn poll<'a>(&'a self, since: Option<&'a Position>, read: &'a (dyn Fn(String) + Send + Sync)) -> Answer<'a, Polled>;
 
-    /// Removes what nobody needs any more from the change log. `false`: somebody is in the way; it is to be tried again.
-    fn trim(&self) -> Answer<'_, bool>;
+    /// Removes from the change log what is left of transactions from long ago, and of those below `before`. `false`: somebody is
+    /// in the way, or there is more; it is to be called again.
+    fn trim(&self, before: Option<u64>) -> Answer<'_, bool>;
 }

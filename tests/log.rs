@@ -13,6 +13,8 @@ mod away;
 mod commits;
 #[path = "log/mixed.rs"]
 mod mixed;
+#[path = "log/retention.rs"]
+mod retention;
 #[path = "log/standby.rs"]
 mod standby;
 

@@ -28,6 +28,8 @@ pub(super) struct Poller {
     pause: Duration,
     /// The range of the log that was the last one when somebody had trimmed it.
     trimmed: Option<u64>,
+    /// When this was the oldest transaction that ran: after `log_retention` what is below it is removed.
+    oldest: Option<(Boot, u64)>,
     /// There was more to read since the position than could be read in time. The next attempt would fare no better.
     too_far_behind: bool,
 }
@@ -37,7 +39,14 @@ const FAR_BEHIND: usize = 10_000;
 
 impl Poller {
     pub(super) fn new(config: &Config) -> Self {
-        Self { position: None, polled_at: None, pause: config.poll_max, trimmed: None, too_far_behind: false }
+        Self {
+            position: None,
+            polled_at: None,
+            pause: config.poll_max,
+            trimmed: None,
+            oldest: None,
+            too_far_behind: false,
+        }
     }
 
     /// When to poll, fences apart; `None` while no open table is told by way of the log.
@@ -88,7 +97,8 @@ impl Poller {
         if polled.incarnation != line.incarnation() {
             return Err(Error::new(Kind::Unavailable, "the change log is polled on another server than before"));
         }
-        let (messages, mark, range, standby) = (polled.messages, polled.mark(), polled.range(), polled.standby);
+        let (messages, mark, standby) = (polled.messages, polled.mark(), polled.standby);
+        let (range, xmin) = (polled.range(), polled.xmin());
         let (position, continuity) = Position::after(self.position.as_ref(), polled);
         if continuity == Continuity::Trimmed {
             tracing::warn!(
@@ -109,20 +119,29 @@ impl Poller {
         self.polled_at = Some(shared.host.now());
         let (min, max) = (shared.config.poll_min, shared.config.poll_max);
         self.pause = if messages > 0 { min } else { (self.pause * 2).clamp(min, max) };
-        if fence.is_some() && !standby && self.trimmed != Some(range) {
-            self.trim(line, range).await;
+        if fence.is_some() && !standby {
+            self.trim(shared, line, range, xmin).await;
         }
         Ok(())
     }
 
-    /// Any node may do it. That it cannot be done is nothing that a node depends on.
-    async fn trim(&mut self, line: &dyn Line, range: u64) {
-        let trimmed = line.trim().await.unwrap_or_else(|error| {
+    /// Trims the log if that is due. Any node may do it. That it cannot be done is nothing that a node depends on.
+    async fn trim(&mut self, shared: &Shared, line: &dyn Line, range: u64, xmin: u64) {
+        let now = shared.host.now();
+        let (since, oldest) = *self.oldest.get_or_insert((now, xmin));
+        let before = (now.saturating_sub(since) >= shared.config.log_retention).then_some(oldest);
+        if before.is_none() && self.trimmed == Some(range) {
+            return;
+        }
+        let trimmed = line.trim(before).await.unwrap_or_else(|error| {
             tracing::warn!(error = full(&error), "cannot trim the change log, which grows until some node can");
             true
         });
         if trimmed {
             self.trimmed = Some(range);
+            if before.is_some() {
+                self.oldest = Some((now, xmin));
+            }
         }
     }
 }

@@ -413,10 +413,13 @@ impl Line for Sessions {
         })
     }
 
-    fn trim(&self) -> Answer<'_, bool> {
+    fn trim(&self, before: Option<u64>) -> Answer<'_, bool> {
         Box::pin(async move {
             let failed = |error| setup_error("trimming the change log failed", error);
-            let row = self.control.query_typed_one("select rowcache.trim_log()", &[]).await.map_err(failed)?;
+            let before = before.map(|xid| xid.to_string());
+            let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&before, Type::TEXT)];
+            let trim = "select rowcache.trim_log($1::text::xid8)";
+            let row = self.control.query_typed_one(trim, &parameters).await.map_err(failed)?;
             Ok(row.get(0))
         })
     }

@@ -2,6 +2,7 @@
 //! articles show, and no trigger, by turns on one real server.
 
 mod cost;
+mod growth;
 mod load;
 mod setup;
 
@@ -14,7 +15,8 @@ use setup::{Flush, Ground, Variant};
 
 pub(super) const HELP: &str = "\
 Examples:
-  rowcache-verify transports                            writers at 0.1 ms and 1 ms a flush, bulk, and what polls cost
+  rowcache-verify transports                            writers at 0.1 ms and 1 ms a flush, bulk, what polls cost, and how large
+                                                        the log becomes
   rowcache-verify transports --rounds 5 --seconds 5     longer
   rowcache-verify transports --only bulk
 
@@ -40,6 +42,9 @@ pub(super) struct Options {
     /// Rows of the statement that changes all rows of a table.
     #[arg(long, default_value_t = 1_000_000, value_name = "N")]
     bulk_rows: i64,
+    /// Transactions that write to the change log, to see how large that becomes.
+    #[arg(long, default_value_t = 3_000_000, value_name = "N")]
+    log_messages: u32,
     /// Only this part.
     #[arg(long, value_enum)]
     only: Option<Part>,
@@ -56,6 +61,8 @@ enum Part {
     Bulk,
     /// What nodes that poll cost the server.
     Polls,
+    /// What the change log holds after millions of transactions.
+    Growth,
 }
 
 pub(super) async fn measure(options: &Options) -> Result<ExitCode> {
@@ -71,6 +78,10 @@ pub(super) async fn measure(options: &Options) -> Result<ExitCode> {
     if wants(Part::Polls) {
         ground.fill(1000).await?;
         polls(options, &ground).await?;
+    }
+    if wants(Part::Growth) {
+        ground.fill(1000).await?;
+        growth::print(&ground, options.log_messages).await?;
     }
     if wants(Part::Bulk) {
         ground.fill(options.bulk_rows).await?;

@@ -9,12 +9,12 @@ use crate::{
     support::proxy::{Close, Proxy},
 };
 
-const LOST: &str = "LISTEN connection was lost";
-const AGAIN: &str = "cannot restore the LISTEN connection";
-const TRIMMED: &str = "the change log was trimmed while this node could not read it";
+pub const LOST: &str = "LISTEN connection was lost";
+pub const AGAIN: &str = "cannot restore the LISTEN connection";
+pub const TRIMMED: &str = "the change log was trimmed while this node could not read it";
 
 /// A node that reaches its database by way of a proxy.
-async fn by_proxy(db: &TestDb, config: impl FnOnce(&str) -> Config) -> (Proxy, Node, Users) {
+pub async fn by_proxy(db: &TestDb, config: impl FnOnce(&str) -> Config) -> (Proxy, Node, Users) {
     let proxy = Proxy::start(db.port).await;
     let node = Node::start(config(&proxy.url(&db.url))).await.expect("starts");
     let users = users(&node).await;

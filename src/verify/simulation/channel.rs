@@ -251,11 +251,7 @@ impl Line for SimLine {
         })
     }
 
-    fn poll<'a>(
-        &'a self,
-        since: Option<&'a Position>,
-        read: &'a (dyn Fn(String) + Send + Sync),
-    ) -> Answer<'a, Polled> {
+    fn poll<'a>(&'a self, since: Option<&'a Position>, read: &'a (dyn Fn(String) + Send + Sync)) -> Answer<'a, Polled> {
         Box::pin(async move {
             let by_log = self.world.via() == Via::Log;
             let look = |server: &super::database::Server| {
@@ -286,7 +282,7 @@ impl Line for SimLine {
         })
     }
 
-    fn trim(&self) -> Answer<'_, bool> {
+    fn trim(&self, _: Option<u64>) -> Answer<'_, bool> {
         Box::pin(async { Ok(true) })
     }
 }

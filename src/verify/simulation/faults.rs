@@ -133,11 +133,7 @@ fn strike(world: &Arc<World>, fault: Fault) {
             later(world, lasts, move |inner| inner.servers[at].refuses = false);
         }
         Fault::Forgery => forge(world),
-        Fault::Trim => {
-            let mut inner = world.lock();
-            let at = inner.primary;
-            inner.servers[at].trim();
-        }
+        Fault::Trim => trim(world, lasts),
         Fault::Flood => {
             for _ in 0..40 {
                 let key = any_key(&mut world.lock());
@@ -163,6 +159,27 @@ fn later(world: &Arc<World>, after: Duration, what: impl FnOnce(&mut Inner) + Se
     world.spawn(None, async move {
         sleep(after).await;
         what(&mut it.lock());
+    });
+}
+
+/// The log is trimmed, while a node is away as like as not.
+fn trim(world: &Arc<World>, lasts: Duration) {
+    let at = {
+        let mut inner = world.lock();
+        let at = inner.primary;
+        if inner.dice.once_in(2) {
+            inner.servers[at].trim();
+            return;
+        }
+        inner.servers[at].refuses = true;
+        at
+    };
+    if let Some(wire) = any_line(world) {
+        wire.cut();
+    }
+    later(world, lasts, move |inner| {
+        inner.servers[at].trim();
+        inner.servers[at].refuses = false;
     });
 }
 

@@ -43,7 +43,7 @@ pub(super) struct Outcome {
 }
 
 /// When transactions were committed, or known: those whose id is a multiple of [`SAMPLE`].
-type Noted = Arc<Mutex<Vec<(u64, Instant)>>>;
+pub(super) type Noted = Arc<Mutex<Vec<(u64, Instant)>>>;
 
 const SAMPLE: u64 = 50;
 
@@ -107,12 +107,12 @@ impl Run {
 }
 
 /// Whoever hears of changes. Dropping it ends it.
-struct Readers {
-    nodes: Vec<Node>,
+pub(super) struct Readers {
+    pub(super) nodes: Vec<Node>,
     tasks: JoinSet<()>,
 }
 
-async fn readers(ground: &Ground, variant: Variant, count: usize, known: &Noted) -> Result<Readers> {
+pub(super) async fn readers(ground: &Ground, variant: Variant, count: usize, known: &Noted) -> Result<Readers> {
     let mut readers = Readers { nodes: Vec::new(), tasks: JoinSet::new() };
     for _ in 0..count {
         let known = Arc::clone(known);
