@@ -86,6 +86,8 @@ pub struct Config {
     /// that have such tables open poll more often than once a [`beat`](Self::beat). Default 50 ms.
     pub poll_max: Duration,
 
+    /// Polls as often as that without such a table, for whoever subscribes to events of tables that are not open.
+    pub(crate) polls_always: bool,
     /// Messages stay in the change log for this long, and at most twice this; those of more than a million later transactions
     /// go earlier. A node that was away for longer forgets everything. Default 1 hour: it bounds for how long keys of changed rows
     /// can be read there, and costs one statement in that time.
@@ -146,6 +148,7 @@ impl Config {
             pooler: false,
             poll_min: Duration::from_millis(10),
             poll_max: Duration::from_millis(50),
+            polls_always: false,
             log_retention: Duration::from_hours(1),
             loads_max: LOADS_MAX as usize,
             load_keys_max: 512,

@@ -52,6 +52,7 @@ async fn follow(url: &str, tables: &[String], json: bool) -> Result<()> {
 
     let mut config = Config::from_url(url)?;
     config.pool = config.pool.max_connections(2);
+    config.polls_always = true;
     let node = Node::start(config).await?;
     let (sender, mut received) = mpsc::channel(WAITING_MAX);
     tokio::spawn(receive(node.subscribe(), sender));

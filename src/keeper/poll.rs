@@ -52,7 +52,8 @@ impl Poller {
     /// When to poll, fences apart; `None` while no open table is told by way of the log.
     pub(super) fn due(&self, shared: &Shared) -> Option<Boot> {
         let last = self.polled_at?;
-        shared.tables.is_told(None, Via::Log).then(|| last + self.pause)
+        let is_wanted = shared.config.polls_always || shared.tables.is_told(None, Via::Log);
+        is_wanted.then(|| last + self.pause)
     }
 
     /// Polls once. What was found is in the inbox when this returns, and behind it the fence that the poll is part of.

@@ -21,6 +21,7 @@ use super::{
     finding::{Finding, Report, Severity, some_of},
     seen::{Counts, Seen},
     session::{Refused, Session},
+    tables::VIA_LOG,
 };
 use crate::{Config, change::CHANNEL, cli::report::with_causes, server::Received};
 
@@ -140,11 +141,76 @@ pub(super) async fn check(
     if let Err(refused) = listener.session.run(&format!("listen {CHANNEL}")).await {
         return unsent(control, report, "LISTEN failed", refused).await;
     }
+    let logged: HashMap<_, _> = commands.iter().filter(|(_, track)| track.ends_with(VIA_LOG)).collect();
+    let log = if logged.is_empty() { None } else { log_position(control, report).await };
     fences(control, &mut listener, report, time).await;
     let counted = listener.seen.lock().unwrap_or_else(PoisonError::into_inner).counted(Instant::now());
     if let Some((counts, time)) = counted {
         traffic(&counts, time, commands, report);
     }
+    if let Some((from, since)) = log {
+        log_traffic(control, report, from, since, &logged).await;
+    }
+}
+
+#[derive(Deserialize)]
+struct LogPosition {
+    xid: i64,
+}
+
+const NEEDS_LOG: &str = "select on view rowcache.change_log";
+
+/// Where the change log begins for what is counted.
+async fn log_position(control: &Session, report: &mut Report) -> Option<(i64, Instant)> {
+    let position = "select pg_snapshot_xmax(pg_current_snapshot())::text::bigint as xid";
+    let LogPosition { xid } = control.ask_one(report, "the change log", NEEDS_LOG, position).await?;
+    Some((xid, Instant::now()))
+}
+
+#[derive(Deserialize)]
+struct Logged {
+    name: String,
+    transactions: u64,
+}
+
+/// Transactions a second below which a table that is told by way of the log costs less by NOTIFY. With that, each one costs every
+/// node's backend some 15 µs; without, each node polls a hundred times a second while it is written to.
+const LOG_RATE_MIN: f64 = 30.0;
+
+/// How many transactions wrote to the change log since `from`.
+async fn log_traffic(
+    control: &Session,
+    report: &mut Report,
+    from: i64,
+    since: Instant,
+    logged: &HashMap<&String, &String>,
+) {
+    // Text, not JSON: anybody may have put something else there.
+    let count = format!(
+        "select t.relation as name, count(distinct l.xid) as transactions from rowcache.tracked t \
+         left join rowcache.change_log l on l.xid >= '{from}'::xid8 \
+           and starts_with(l.message, '{{\"v\":1,\"t\":' || to_json(t.relation)::text || ',') \
+         where t.via = 'log' group by 1 order by 2 desc, 1"
+    );
+    let Some(tables) = control.ask::<Logged>(report, "the change log", NEEDS_LOG, &count).await else { return };
+    let seconds = since.elapsed().as_secs_f64().max(0.001);
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+    let per_second = |table: &Logged| table.transactions as f64 / seconds;
+    let each: Vec<_> = tables.iter().map(|table| format!("{} {:.1}", table.name, per_second(table))).collect();
+    let rate: f64 = tables.iter().map(per_second).sum();
+    let what = format!("{rate:.1} transactions a second write to the change log ({})", some_of(&each));
+    // Tables that are not written to at all at the moment may be later.
+    let calm = tables.iter().find(|table| table.transactions > 0 && rate < LOG_RATE_MIN);
+    report.push(match calm.and_then(|table| logged.get(&table.name)) {
+        None => Finding::ok("log.rate", what).figure("per_second", rate),
+        Some(track) => Finding::note("log.rate", what)
+            .why("so few are known sooner, and cost the server less, by NOTIFY")
+            .cure(format!(
+                "if it is never written to more than {LOG_RATE_MIN:.0} times a second, and every node listens: {}",
+                track.trim_end_matches(VIA_LOG)
+            ))
+            .figure("per_second", rate),
+    });
 }
 
 /// Sends fences for so long, or until one is missing. Fewer where each takes long: the time is kept.

@@ -31,14 +31,15 @@ struct Tracked {
     ignored: Vec<String>,
     max_keys: u32,
     level: String,
+    via: String,
     key_is_unique: bool,
     sent: Vec<Sent>,
 }
 
 /// The class is looked up by name, not by `to_regclass`: that fails on a schema that the role may not use. Whether keys are
-/// sent as hashes is a column of the view in schemas that can do that.
+/// sent as hashes, and what carries the messages, are columns of the view in schemas that can do that.
 const TRACKED: &str = "select t.relation as name, \
-     coalesce((to_jsonb(t) ->> 'hash_keys')::boolean, false) as hashed, \
+     coalesce((to_jsonb(t) ->> 'hash_keys')::boolean, false) as hashed, coalesce(to_jsonb(t) ->> 'via', 'notify') as via, \
      t.key_columns, t.columns, t.ignored, t.max_keys, t.level, t.problems, c.relpersistence as persistence, c.relrowsecurity as row_security, \
      coalesce((select string_agg(quote_ident(k), ', ') from unnest(t.key_columns) k), '') as key, \
      exists ( \
@@ -86,6 +87,9 @@ const LEFTOVERS: &str = "with recursive up(table_oid, ancestor) as ( \
          where u.table_oid = c.oid and d.tracked \
        ) \
      end order by 1";
+
+/// At the end of a command that tracks a table.
+pub(super) const VIA_LOG: &str = " --via log";
 
 /// Returns the command that tracks each table again, by name, without its `--max-keys`.
 pub(super) async fn check(control: &Session, report: &mut Report) -> HashMap<String, String> {
@@ -138,6 +142,9 @@ impl Tracked {
         }
         if self.hashed {
             command += " --hash-keys";
+        }
+        if self.via == "log" {
+            command += VIA_LOG;
         }
         command
     }
@@ -248,17 +255,18 @@ mod tests {
     fn the_command_that_tracks_it_again_keeps_its_options() {
         let table = serde_json::json!({
             "name": "public.\"Users\"", "hashed": false, "problems": [], "persistence": "p", "row_security": false, "key": "",
-            "key_columns": ["org", "it's"], "columns": ["a"], "ignored": ["b", "c"], "max_keys": 7, "level": "row",
+            "key_columns": ["org", "it's"], "columns": ["a"], "ignored": ["b", "c"], "max_keys": 7, "level": "row", "via": "log",
             "key_is_unique": true, "sent": [],
         });
         let table: Tracked = serde_json::from_value(table).expect("a table");
         assert_eq!(
             table.track_command_in_full(),
-            r#"rowcache track 'public."Users"' --key 'org,it'\''s' --columns a --ignore b,c --level row --max-keys 7"#
+            r#"rowcache track 'public."Users"' --key 'org,it'\''s' --columns a --ignore b,c --level row --via log --max-keys 7"#
         );
         let rest = "--ignore b,c --level row";
+        let via = VIA_LOG;
         let without = r#"rowcache track 'public."Users"' --key 'org,it'\''s' "#;
-        assert_eq!(table.track_command_without("a"), format!("{without}{rest} --max-keys 7"));
-        assert_eq!(table.track_command_without("org"), format!("{without}{rest} --hash-keys --max-keys 7"));
+        assert_eq!(table.track_command_without("a"), format!("{without}{rest}{via} --max-keys 7"));
+        assert_eq!(table.track_command_without("org"), format!("{without}{rest} --hash-keys{via} --max-keys 7"));
     }
 }

@@ -44,6 +44,24 @@ pg_test! {
         assert!(rate > 300.0, "{found}");
     }
 
+    async fn tables_that_are_told_by_way_of_the_log(test: Test) {
+        let db = prepared(test.version).await;
+        doctor(&db.url).await.has_not("log.rate");
+        run(&db.url, &["track", "users", "--via", "log"]).await.ok();
+        doctor(&db.url).await.has("ok", "log.rate", &["0.0 transactions a second", "public.users 0.0"]);
+        let writer = Again::start(&db, "perform pg_sleep(0.2); update users set name = name || 'x' where id = 1").await;
+        let found = doctor(&db.url).await;
+        writer.stop(&db).await;
+        found.has("note", "log.rate", &["by NOTIFY", "rowcache track public.users --key id"]);
+        found.has("ok", "notify.rate", &["0.0 transactions a second"]);
+        let cure = found.all("log.rate")[0]["cure"].as_str().expect("a cure");
+        assert!(!cure.contains("--via"), "{found}");
+        let writer = Again::start(&db, "update users set name = name || 'x' where id = 1").await;
+        let found = doctor(&db.url).await;
+        writer.stop(&db).await;
+        found.has("ok", "log.rate", &["public.users"]);
+    }
+
     async fn whole_tables_again_and_again(test: Test) {
         let db = prepared(test.version).await;
         run(&db.url, &["track", "users", "--max-keys", "2"]).await.ok();
