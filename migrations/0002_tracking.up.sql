@@ -264,8 +264,9 @@ declare
   label text := '';
   secret_read text := '';
   row_size text := 'octet_length(r.k)';
-  gathered text := $q$string_agg(r.k, ',')$q$;
-  gathered_into text := 'keys';
+  -- One aggregate for the keys and their number: each costs a statement some 2 us.
+  gathered text := 'array_agg(r.k)';
+  gathered_into text := 'row_keys';
   nothing text := 'keys is null';
   nothing_in_row text := 'r.k is null';
   -- Bytes. A chunk ends with the row that passes chunk_bytes, and no row has more than row_bytes; together with their
@@ -279,6 +280,7 @@ declare
   really_changed text;
   row_keys text;
   statement_keys text;
+  statement_longest text;
   statement_chunks text;
   counter text := quote_literal('rowcache.rows_' || t.relation::oid);
   -- How a message is sent.
@@ -398,8 +400,10 @@ begin
   -- One row more than the limit is enough to know that there are too many.
   select
     string_agg(format($source$
-      select count(*), max(%s), %s into row_count, longest, %s
-      from (%s limit %s) r;$source$, row_size, gathered, gathered_into, query, t.max_keys::bigint + 1), position_else order by position),
+      select %s into %s
+      from (%s limit %s) r;$source$, gathered, gathered_into, query, t.max_keys::bigint + 1), position_else order by position),
+    string_agg(format($source$
+    select max(%s) into longest from (%s) r;$source$, row_size, query), position_else order by position),
     string_agg(format($source$
     %s%s || %L || coalesce(string_agg(r.k, ','), '') || %s)
     from (
@@ -409,7 +413,7 @@ begin
     ) r
     group by r.chunk;$source$, send, opening, list, ending_of_chunk, row_size, 1 + cardinality(t.columns), chunk_bytes, query,
       nothing_in_row), position_else order by position)
-    into statement_keys, statement_chunks
+    into statement_keys, statement_longest, statement_chunks
   from (
     select 1, really_changed, '' where cardinality(t.ignored) > 0
     union all
@@ -417,6 +421,7 @@ begin
   ) as q(position, query, position_else);
   if cardinality(t.ignored) > 0 then
     statement_keys := e'\n    if tg_op = ''UPDATE'' then' || statement_keys || e'\n    end if;';
+    statement_longest := e'\n    if tg_op = ''UPDATE'' then' || statement_longest || e'\n    end if;';
     statement_chunks := e'\n    if tg_op = ''UPDATE'' then' || statement_chunks || e'\n    end if;';
   end if;
 
@@ -425,6 +430,7 @@ begin
 %10$sdeclare
   row_count bigint;
   longest int;
+  row_keys text[];
   keys text;%2$s
   message text;
 begin
@@ -467,27 +473,33 @@ $source$,
 end
 $source$ else format($source$
   begin%1$s
+    row_count := cardinality(row_keys);
   exception when others then
     row_count := %2$s + 1;
   end;
-  if row_count > %2$s or longest > %3$s then
+  if row_count > %2$s then
     %11$s%4$s);
     return null;
   end if;
+  keys := nullif(array_to_string(row_keys, ','), '');
   if %5$s then
     return null;
   end if;
   message := %6$s || %10$L || coalesce(keys, '') || %7$s;
   if octet_length(message) < 8000 then
 %12$s
-  else
+  else%13$s
+    if longest > %3$s then
+      %11$s%4$s);
+      return null;
+    end if;
     -- A chunk ends with the row that passes %8$s bytes.%9$s
   end if;
   return null;
 end
 $source$,
     secret_read || statement_keys, t.max_keys, row_bytes, whole_table, nothing, opening, ending, chunk_bytes,
-    statement_chunks, list, send, send_one)
+    statement_chunks, list, send, send_one, statement_longest)
   end;
 end
 $$;

@@ -101,7 +101,9 @@ pg_test! {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
         test.logs.allow(TRIMMED);
-        let (_server, db) = fixture::users_server(test.version, &[]).await;
+        // Ids are used up so fast here that a worker's transaction, which ends while the log is trimmed, may be older than the log: then
+        // nobody knows whether he has missed something of it.
+        let (_server, db) = fixture::users_server(test.version, &[("autovacuum", "off")]).await;
         db.execute(VIA_LOG).await;
         let (mut proxy, node, users) = by_proxy(&db, deaf).await;
         let present = Node::start(deaf(&db.url)).await.expect("starts");
@@ -121,18 +123,19 @@ pg_test! {
             db.client().await.query_one(count, &[]).await.expect("counts").get::<_, i64>(0)
         };
         assert_eq!(kept().await, 1);
-        // Until the bin with that message is the one that is written to next: the node that is there trims it.
+        // Until the bin with that message is the one that is written to next: the node that is there trims it. In parts, so that it
+        // looks at the log more than once in a range, however busy the machine is: else it would be one that was away.
+        const PARTS: u32 = 8;
         let mut burnt = 0;
         while kept().await == 1 {
-            assert!(burnt < 4, "nobody trims the log");
-            burn(&db, RANGE).await;
+            assert!(burnt < 4 * PARTS, "nobody trims the log");
+            burn(&db, RANGE / PARTS).await;
             burnt += 1;
-            for _ in 0..3 {
-                present.barrier().await.expect("coherent");
-            }
+            present.barrier().await.expect("coherent");
         }
-        assert!(burnt >= 2, "what was written lately is kept");
-        assert!(is_held(&theirs, 2), "who was there has missed nothing");
+        assert!(burnt >= 2 * PARTS, "what was written lately is kept");
+        // A gap of its own, which a busy machine may bring, has taken nothing away.
+        support::eventually("who was there has missed nothing", async || is_held(&theirs, 2)).await;
         proxy.accept().await;
         event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
         assert!(!is_held(&users, 1) && !is_held(&users, 2));
