@@ -29,6 +29,7 @@ use crate::{
 /// ```
 #[derive(Clone)]
 #[non_exhaustive]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct Config {
     /// Where the pool connects to.
     pub pool_connect: PgConnectOptions,

@@ -34,6 +34,9 @@ async fn burn(db: &TestDb, ids: u32) {
 /// So many share a bin of the log.
 const RANGE: u32 = 1 << 19;
 
+/// In so many parts a range is used up by who shares the log with a node that is to look at it meanwhile.
+const PARTS: u32 = 8;
+
 pg_test! {
     async fn a_line_that_is_lost_costs_only_what_was_changed(test: Test) {
         test.logs.allow(LOST);
@@ -123,9 +126,8 @@ pg_test! {
             db.client().await.query_one(count, &[]).await.expect("counts").get::<_, i64>(0)
         };
         assert_eq!(kept().await, 1);
-        // Until the bin with that message is the one that is written to next: the node that is there trims it. In parts, so that it
-        // looks at the log more than once in a range, however busy the machine is: else it would be one that was away.
-        const PARTS: u32 = 8;
+        // Until the bin with that message is the one that is written to next: the node that is there trims it. It looks
+        // at the log more than once in a range, however busy the machine is: else it would be one that was away.
         let mut burnt = 0;
         while kept().await == 1 {
             assert!(burnt < 4 * PARTS, "nobody trims the log");

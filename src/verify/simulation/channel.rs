@@ -264,10 +264,14 @@ impl Line for SimLine {
                 self.world.count("poll that found something");
             }
             let later = found.split_off(messages / 2);
-            found.into_iter().for_each(|(_, message)| read(message));
+            for (_, message) in found {
+                read(message);
+            }
             // What is removed now has not been read.
             let horizon_after = self.ask(|server| server.trimmed_below).await?;
-            later.into_iter().filter(|(xid, _)| *xid >= horizon_after).for_each(|(_, message)| read(message));
+            for (_, message) in later.into_iter().filter(|(xid, _)| *xid >= horizon_after) {
+                read(message);
+            }
             Ok(Polled {
                 incarnation: self.incarnation,
                 standby: false,

@@ -116,7 +116,7 @@ async fn story(world: Arc<World>, size: Size, setup: Setup, kinds: Vec<Fault>, s
         if deaf {
             world.count("node that does not listen");
         }
-        let ready = node::start(&world, id, Setup { fallback, deaf, ..setup });
+        let ready = node::start(&world, id, Setup { deaf, fallback, ..setup });
         if !matches!(timeout(quiet::RECOVERY, ready).await, Ok(Ok(Ok(())))) {
             world.found(id, 0, "did not start, and nothing was in the way");
         }
