@@ -197,9 +197,6 @@ impl Config {
         if self.poll_min.is_zero() || self.poll_max < self.poll_min {
             return wrong("`poll_min` must be longer than zero, and `poll_max` not shorter than that");
         }
-        if self.log_retention < self.lease {
-            return wrong("`log_retention` must not be shorter than `lease`, or what a short gap missed would be gone");
-        }
         if self.loads_max == 0 || self.load_keys_max == 0 {
             return wrong("`loads_max` and `load_keys_max` must be at least 1, or nothing could be loaded");
         }
@@ -223,6 +220,9 @@ impl Config {
                 "`beat`, `beat_timeout`, `lease`, `fence_spacing`, `load_timeout`, `poll_max` and `log_retention` must be at most \
                  a year",
             );
+        }
+        if self.log_retention < self.lease {
+            return wrong("`log_retention` must not be shorter than `lease`, or what a short gap missed would be gone");
         }
         Ok(())
     }

@@ -15,8 +15,7 @@ use setup::{Flush, Ground, Variant};
 
 pub(super) const HELP: &str = "\
 Examples:
-  rowcache-verify transports                            writers at 0.1 ms and 1 ms a flush, bulk, what polls cost, and how large
-                                                        the log becomes
+  rowcache-verify transports                            all parts, some minutes
   rowcache-verify transports --rounds 5 --seconds 5     longer
   rowcache-verify transports --only bulk
 
