@@ -91,7 +91,7 @@ pub struct Config {
     pub(crate) polls_always: bool,
     /// Messages stay in the change log for this long, and at most twice this; those of more than a million later transactions
     /// go earlier. A node that was away for longer forgets everything. Default 1 hour: it bounds for how long keys of changed rows
-    /// can be read there, and costs one statement in that time.
+    /// can be read there, and costs one statement in that time. Never less than the [`lease`](Self::lease).
     pub log_retention: Duration,
 
     /// SQL statements that load rows at the same time, all tables together. At least 1. Default 4: each takes
@@ -220,9 +220,6 @@ impl Config {
                 "`beat`, `beat_timeout`, `lease`, `fence_spacing`, `load_timeout`, `poll_max` and `log_retention` must be at most \
                  a year",
             );
-        }
-        if self.log_retention < self.lease {
-            return wrong("`log_retention` must not be shorter than `lease`, or what a short gap missed would be gone");
         }
         Ok(())
     }

@@ -130,7 +130,8 @@ impl Poller {
     async fn trim(&mut self, shared: &Shared, line: &dyn Line, range: u64, xmin: u64) {
         let now = shared.host.now();
         let (since, oldest) = *self.oldest.get_or_insert((now, xmin));
-        let before = (now.saturating_sub(since) >= shared.config.log_retention).then_some(oldest);
+        let retention = shared.config.log_retention.max(shared.config.lease);
+        let before = (now.saturating_sub(since) >= retention).then_some(oldest);
         if before.is_none() && self.trimmed == Some(range) {
             return;
         }
