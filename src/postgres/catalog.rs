@@ -45,18 +45,29 @@ pub(crate) struct TrackedTable {
 
 /// Looks up a table in the catalogue, and whether it can be cached under `K`.
 pub(crate) async fn open<K: Key>(pool: &PgPool, pooler: bool, name: &str) -> Result<TrackedTable> {
-    let failed = |error| schema_hint(&error).unwrap_or_else(|| database_error(&format!("looking up {name}"), error));
-    // What is asked once is not worth a prepared statement, and behind a pooler must be a transaction.
-    let mut asking = pool.begin().await.map_err(failed)?;
+    let failed = |error| looking_up(name, error);
+    if pooler {
+        // What prepares a statement and what executes it must meet the same backend.
+        let mut transaction = pool.begin().await.map_err(failed)?;
+        // It changes nothing: there is nothing to commit.
+        return look_up::<K>(&mut transaction, pooler, name).await;
+    }
+    look_up::<K>(&mut *pool.acquire().await.map_err(failed)?, pooler, name).await
+}
+
+fn looking_up(name: &str, error: sqlx::Error) -> Error {
+    schema_hint(&error).unwrap_or_else(|| database_error(&format!("looking up {name}"), error))
+}
+
+async fn look_up<K: Key>(asking: &mut PgConnection, pooler: bool, name: &str) -> Result<TrackedTable> {
+    let failed = |error| looking_up(name, error);
     let description: Description =
         sqlx::query_as(DESCRIBE).bind(name).persistent(!pooler).fetch_one(&mut *asking).await.map_err(failed)?;
     let id = description.secret.clone();
     let mut table = description.check::<K>(name)?;
     if let Some(id) = id {
-        table.secret = Some(key_secret(&mut asking, pooler, &table.name, &id).await?);
+        table.secret = Some(key_secret(asking, pooler, &table.name, &id).await?);
     }
-    // It has changed nothing.
-    drop(asking);
     Ok(table)
 }
 
