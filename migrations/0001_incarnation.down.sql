@@ -32,6 +32,8 @@ $$;
 
 drop view if exists rowcache.standby_stamp;
 drop function if exists rowcache.trim_log(xid8);
+drop function if exists rowcache.empty_log_bin(int);
+drop function if exists rowcache.move_log_horizon(bigint);
 drop function if exists rowcache.poll(xid8, xid8[], xid8[]);
 drop function if exists rowcache.standby_canary();
 drop function if exists rowcache.log_change(text);

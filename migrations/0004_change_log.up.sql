@@ -134,46 +134,86 @@ $$;
 comment on function rowcache.poll(xid8, xid8[], xid8[]) is
   'What has become visible in the change log: transactions from `since` on, without `skip`, and those of `pending`. First row: the snapshot up to which this is; last row: below which id messages may be missing';
 
-create or replace function rowcache.trim_log(before xid8 default null) returns boolean
+create or replace function rowcache.move_log_horizon(at_least bigint) returns bigint
+  language sql volatile
+  set search_path = pg_catalog, pg_temp
+as $$
+  -- One beyond what there has been comes from the dump of another server.
+  select setval('rowcache.log_horizon', greatest(at_least, case
+    when q.last_value <= pg_snapshot_xmax(pg_current_snapshot())::text::bigint then q.last_value + 1
+    else 0
+  end))
+  from rowcache.log_horizon q
+$$;
+comment on function rowcache.move_log_horizon(bigint) is
+  'Whoever misses messages knows it by a horizon that has moved: upwards, whenever some are removed, before they are, and when their transactions have ended';
+
+create or replace function rowcache.empty_log_bin(bin int) returns boolean
   -- Definer, because TRUNCATE is the owner's.
   language plpgsql volatile security definer
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  seen pg_snapshot := pg_current_snapshot();
-  ended bigint := pg_snapshot_xmax(seen)::text::bigint;
-  range bigint := ended >> 19;
-  kept_from bigint := greatest(range - 1, 0) << 19;
-  next_bin regclass := format('rowcache.change_log_%s', (range + 1) % 3);
-  -- What still runs may yet write messages.
-  aged bigint := least(before, pg_snapshot_xmin(seen))::text::bigint;
+  range bigint;
+begin
+  execute format('lock table rowcache.change_log_%s in access exclusive mode nowait', bin);
+  -- Looked at only now: whoever wrote to this bin and ended, ended before, and nobody writes to it any more.
+  range := pg_snapshot_xmax(pg_current_snapshot())::text::bigint >> 19;
+  if (range + 1) % 3 <> bin then
+    return false;
+  end if;
+  perform rowcache.move_log_horizon(greatest(range - 1, 0) << 19);
+  execute format('truncate rowcache.change_log_%s', bin);
+  return true;
+exception when lock_not_available then
+  -- Whoever has written to the bin, or reads it, and has not ended yet.
+  return false;
+end
+$$;
+revoke execute on function rowcache.empty_log_bin(int) from public;
+comment on function rowcache.empty_log_bin(int) is 'A part of trim_log. False: it is not the one that is written to next, or not free';
+
+create or replace function rowcache.trim_log(before xid8 default null) returns boolean
+  -- Definer, because DELETE is the owner's.
+  language plpgsql volatile security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  seen pg_snapshot;
+  next_bin int;
   rows_max int := 20000;
   removed int;
 begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- Looks from before the locks would not do.
+    raise exception 'the change log is trimmed with isolation %, not read committed', current_setting('transaction_isolation')
+      using errcode = 'object_not_in_prerequisite_state';
+  end if;
   begin
-    -- Nobody waits for this, and it waits for nobody. First whoever else trims: the horizon only moves up.
+    -- Whoever else trims. Nobody waits for this, and it waits for nobody.
     lock table rowcache.change_log_0 in share update exclusive mode nowait;
-    -- One beyond what there has been comes from the dump of another server.
-    select case when q.last_value > ended then -1 else greatest(q.last_value, aged) end into aged from rowcache.log_horizon q;
-    if pg_relation_size(next_bin) > 0 or aged < kept_from then
-      -- Who has written to that bin and not ended yet keeps it.
-      execute format('lock table %s in access exclusive mode nowait', next_bin);
-      aged := greatest(aged, kept_from);
-      -- Under the lock, and before the rows are gone: whoever misses them finds the horizon moved.
-      perform setval('rowcache.log_horizon', aged);
-      execute format('truncate %s', next_bin);
-    end if;
   exception when lock_not_available then
     return false;
   end;
+  seen := pg_current_snapshot();
+  next_bin := ((pg_snapshot_xmax(seen)::text::bigint >> 19) + 1) % 3;
+  if pg_relation_size(format('rowcache.change_log_%s', next_bin)::regclass) > 0 and not rowcache.empty_log_bin(next_bin) then
+    return false;
+  end if;
+
   if before is null then
     return true;
   end if;
-  perform setval('rowcache.log_horizon', aged);
+  -- What still runs may yet commit messages that nobody has read: not even below a horizon that is there already.
+  before := least(before, pg_snapshot_xmin(seen));
+  if not exists (select from rowcache.change_log l where l.xid < before) then
+    return true;
+  end if;
+  perform rowcache.move_log_horizon(before::text::bigint);
   for bin in 0..2 loop
     execute format('delete from rowcache.change_log_%1$s where ctid = any (array(
       select l.ctid from rowcache.change_log_%1$s l where l.xid < $1 order by l.xid limit $2))', bin)
-      using aged::text::xid8, rows_max;
+      using before, rows_max;
     get diagnostics removed = row_count;
     if removed = rows_max then
       return false;

@@ -112,6 +112,9 @@ impl Poller {
         if continuity != Continuity::Kept || self.too_far_behind {
             shared.inbox.push(Item::Missed);
         }
+        if continuity == Continuity::OtherServer {
+            self.oldest = None;
+        }
         self.too_far_behind = false;
         if let Some(fence) = fence {
             shared.inbox.push(Item::Polled(Box::new((fence, mark))));

@@ -1,9 +1,16 @@
 //! What has been in the log for long enough is removed, which loses nothing to anybody who was there.
 
-use rowcache::Event;
+use rowcache::{Event, cli::temp_server::TempServer};
 
 use super::{away::*, *};
 use crate::{fixture::event, support::proxy::Close};
+
+/// [`log_db`] on a server of its own: what runs in any database of a server keeps the messages of all.
+async fn log_server(test: &support::Test) -> (TempServer, TestDb) {
+    let (server, db) = fixture::users_server(test.version, &[]).await;
+    db.execute(VIA_LOG).await;
+    (server, db)
+}
 
 /// The messages that the log has of this row.
 async fn kept(db: &TestDb, id: i64) -> i64 {
@@ -70,7 +77,7 @@ pg_test! {
         test.logs.allow(LOST);
         test.logs.allow(AGAIN);
         test.logs.allow(TRIMMED);
-        let db = log_db(&test).await;
+        let (_server, db) = log_server(&test).await;
         let (mut proxy, node, users) = by_proxy(&db, deaf).await;
         for id in 1..=2 {
             name(&users, id).await;
@@ -102,13 +109,44 @@ pg_test! {
         assert_eq!((calls, left), (3, 0));
     }
 
-    // The horizon is what tells a node that it has missed something: it never goes back.
+    // A transaction from below the horizon, of which everybody knows that it runs: that it has ended, and its messages are gone, shows
+    // in nothing but that the horizon moves.
+    async fn who_ends_below_the_horizon_is_not_removed_unnoticed(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        test.logs.allow(TRIMMED);
+        let (_server, db) = log_server(&test).await;
+        let early = db.client().await;
+        early.batch_execute("begin; update public.users set name = 'early' where id = 1").await.expect("writes");
+        // As if bins had been emptied since.
+        db.execute("select setval('rowcache.log_horizon', pg_current_xact_id()::text::bigint)").await;
+        let (mut proxy, node, users) = by_proxy(&db, deaf).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
+        let mut events = node.subscribe();
+        proxy.refuse().await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        early.batch_execute("commit").await.expect("commits");
+        db.execute("select rowcache.trim_log(last_value::text::xid8) from rowcache.log_horizon").await;
+        assert_eq!(kept(&db, 1).await, 0);
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("early"));
+    }
+
+    // The horizon is what tells a node that it has missed something: it never goes back, and moves with all that is removed, and no
+    // further than it must: who is there would take himself for one that was away.
     async fn who_trims_waits_for_nobody_and_takes_nothing_back(test: Test) {
-        let db = log_db(&test).await;
+        let (_server, db) = log_server(&test).await;
         let (other, horizon) = (db.client().await, async || {
             let last = "select last_value from rowcache.log_horizon";
             db.client().await.query_one(last, &[]).await.expect("reads").get::<_, i64>(0)
         });
+        for emptied in 1..=2 {
+            db.execute("insert into rowcache.change_log_1 (message) values ('late')").await;
+            db.execute("select rowcache.trim_log()").await;
+            assert_eq!(horizon().await, emptied);
+        }
         db.execute("update public.users set name = 'x' where id = 2").await;
         other.batch_execute("begin; select rowcache.trim_log('3')").await.expect("trims");
         assert!(!trim(&db).await, "somebody trims already");
@@ -118,5 +156,27 @@ pg_test! {
         assert!(high > 3);
         db.execute("select rowcache.trim_log('3'), rowcache.trim_log()").await;
         assert_eq!(horizon().await, high);
+    }
+
+    // Between the look that finds a bin due and the lock on it, another bin may have become the one that is written to next, and this one
+    // the one that is written to.
+    async fn only_the_bin_that_is_written_to_next_is_emptied(test: Test) {
+        let (_server, db) = log_server(&test).await;
+        db.execute("update public.users set name = 'x' where id = 1").await;
+        let client = db.client().await;
+        for (bin, is_next) in [(0, false), (1, true), (2, false)] {
+            let empty = "select rowcache.empty_log_bin($1)";
+            assert_eq!(client.query_one(empty, &[&bin]).await.expect("looks").get::<_, bool>(0), is_next);
+        }
+        assert_eq!(kept(&db, 1).await, 1);
+    }
+
+    async fn who_looks_from_before_the_locks_may_not_trim(test: Test) {
+        let db = log_db(&test).await;
+        let client = db.client().await;
+        client.batch_execute("begin isolation level repeatable read").await.expect("begins");
+        let error = client.batch_execute("select rowcache.trim_log()").await.expect_err("refused");
+        let message = error.as_db_error().map(|error| error.message().to_owned());
+        assert_eq!(message.as_deref(), Some("the change log is trimmed with isolation repeatable read, not read committed"));
     }
 }

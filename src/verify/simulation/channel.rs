@@ -256,7 +256,7 @@ impl Line for SimLine {
             let by_log = self.world.via() == Via::Log;
             let look = |server: &super::database::Server| {
                 let found = since.map(|since| server.logged_since(since)).unwrap_or_default();
-                (server.snapshot(), server.lsn(), server.trimmed_below, found)
+                (server.snapshot(), server.lsn(), server.log_horizon, found)
             };
             let (snapshot, lsn, horizon, mut found) = self.ask(look).await?;
             let messages = found.len();
@@ -268,7 +268,7 @@ impl Line for SimLine {
                 read(message);
             }
             // What is removed now has not been read.
-            let horizon_after = self.ask(|server| server.trimmed_below).await?;
+            let horizon_after = self.ask(|server| server.log_horizon).await?;
             for (_, message) in later.into_iter().filter(|(xid, _)| *xid >= horizon_after) {
                 read(message);
             }

@@ -66,8 +66,10 @@ pub(super) struct Server {
     base: Rows,
     pub(super) queue: Vec<Message>,
     pub(super) visible: BTreeSet<Number>,
-    /// Messages of transactions below this id have been removed from the change log.
-    pub(super) trimmed_below: u64,
+    /// Moves with all that is removed from the change log, and is beyond it.
+    pub(super) log_horizon: u64,
+    /// The transactions whose messages have been removed.
+    trimmed: BTreeSet<u64>,
     pub(super) locks: Locks,
 }
 
@@ -103,7 +105,8 @@ impl Server {
             log,
             base,
             queue: Vec::new(),
-            trimmed_below: 0,
+            log_horizon: 0,
+            trimmed: BTreeSet::new(),
             locks: Locks {
                 table: Arc::default(),
                 rows: Arc::new((0..keys).map(|_| Arc::default()).collect()),
@@ -128,9 +131,14 @@ impl Server {
 
     /// `pg_current_snapshot()`.
     pub(super) fn snapshot(&self) -> String {
-        let xmin = self.running.first().copied().unwrap_or(self.next_xid);
+        let xmin = self.xmin();
         let running: Vec<_> = self.running.iter().map(ToString::to_string).collect();
         format!("{xmin}:{}:{}", self.next_xid, running.join(","))
+    }
+
+    /// The oldest transaction that runs, or the next one.
+    pub(super) fn xmin(&self) -> u64 {
+        self.running.first().copied().unwrap_or(self.next_xid)
     }
 
     /// The position in the log: commits logged so far.
@@ -143,14 +151,17 @@ impl Server {
         let is_new = |xid: u64| xid >= since.since() || since.pending().contains(&xid);
         let commits = self.log.iter().filter(|it| self.visible.contains(&it.by) && is_new(it.xid));
         commits
-            .filter(|it| it.xid >= self.trimmed_below)
+            .filter(|it| !self.trimmed.contains(&it.xid))
             .flat_map(|it| it.messages.iter().map(|message| (it.xid, message.clone())))
             .collect()
     }
 
-    /// Removes the messages of all that has ended.
-    pub(super) fn trim(&mut self) {
-        self.trimmed_below = self.running.first().copied().unwrap_or(self.next_xid);
+    /// Removes the messages of all that has ended below the horizon, which moves up by at least one, and to this id. What runs
+    /// below it may yet write some.
+    pub(super) fn trim(&mut self, at_least: u64) {
+        self.log_horizon = at_least.min(self.next_xid).max(self.log_horizon + 1);
+        let ended = self.log.iter().filter(|it| self.visible.contains(&it.by)).map(|it| it.xid);
+        self.trimmed.extend(ended.filter(|xid| *xid < self.log_horizon));
     }
 
     /// Writes the commit record.
@@ -214,7 +225,8 @@ impl Server {
         let keys = self.locks.rows.len();
         let mut new = Server::new(canary, self.era + 1, self.base.clone(), log, keys);
         (new.triggers_on, new.catalogue) = (self.triggers_on, self.catalogue);
-        new.trimmed_below = self.trimmed_below.min(new.next_xid);
+        new.log_horizon = self.log_horizon.min(new.next_xid);
+        new.trimmed = self.trimmed.iter().copied().filter(|xid| *xid < new.next_xid).collect();
         (new, lost)
     }
 

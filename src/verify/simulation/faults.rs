@@ -168,7 +168,7 @@ fn trim(world: &Arc<World>, lasts: Duration) {
         let mut inner = world.lock();
         let at = inner.primary;
         if inner.dice.once_in(2) {
-            inner.servers[at].trim();
+            trim_now(&mut inner, at);
             return;
         }
         inner.servers[at].refuses = true;
@@ -178,9 +178,22 @@ fn trim(world: &Arc<World>, lasts: Duration) {
         wire.cut();
     }
     later(world, lasts, move |inner| {
-        inner.servers[at].trim();
+        trim_now(inner, at);
         inner.servers[at].refuses = false;
     });
+}
+
+/// For age, with all that has ended below the oldest; or what wrote late to a bin that is empty otherwise; or a whole bin, and
+/// transactions run that are older.
+fn trim_now(inner: &mut Inner, at: usize) {
+    let kind = inner.dice.below(3);
+    let server = &mut inner.servers[at];
+    let at_least = match kind {
+        0 => server.xmin(),
+        1 => 0,
+        _ => u64::MAX,
+    };
+    server.trim(at_least);
 }
 
 /// One of the lines that are open, or were.
