@@ -16,10 +16,10 @@ use crate::{
     hashed::{Hashed, Secret},
     host::Process,
     postgres::server::Postgres,
-    source::{Digesting, Digests, Loading, Stamp},
+    source::{Digesting, Digests, Loading, Received, Stamp},
     stats::{Audits, SAMPLED},
     status::Events,
-    store::{Asked, Limits, Origin, Runner},
+    store::{Asked, Bounds, Limits, Origin, Runner},
     tables::{Member, Trust},
 };
 
@@ -70,7 +70,7 @@ fn world(hashed: Option<Hashed<i64>>) -> World {
     let mut config = Config::from_url("postgres://nobody@localhost:1/nowhere").expect("a URL");
     config.beat = Duration::from_millis(1);
     let shared = Shared::new(config.clone(), Arc::new(Postgres::new(config)), Arc::new(Process));
-    let store = Store::new(10, Limits { runners_max: 1, batch_max: 10 }, hashed).audited(true);
+    let store = Store::new(Bounds::rows::<i64, u8>(10), Limits { runners_max: 1, batch_max: 10 }, hashed);
     let store = Arc::new(store);
     shared.tables.add(TABLE, Trust::default(), &(Arc::clone(&store) as Arc<dyn Member>));
     shared.look(|coherence| coherence.listening(SERVER));
@@ -107,7 +107,11 @@ impl World {
         let mut runners: Vec<Runner<_, _>> = self.store.enqueue(wanted);
         runners[0].take();
         let at = Tenths::at(clock::now().saturating_sub(Duration::from_secs(90)));
-        runners[0].finish_digested([(Ok(Some(version)), digest(version))], Origin { stamp: STAMP, ours: true, at });
+        let received = Received { digest: digest(version), ..Received::default() };
+        runners[0].finish_received(
+            [(Ok(Some(version)), received)],
+            Origin { stamp: STAMP, ours: true, at, ..Origin::default() },
+        );
         assert!(runners[0].take().is_none());
     }
 
@@ -132,7 +136,7 @@ impl World {
             tokio::task::yield_now().await;
         }
         round.await.expect("no panic");
-        self.store.counters.snapshot(0).audits
+        self.store.counters.snapshot().audits
     }
 }
 
@@ -167,7 +171,7 @@ async fn an_entry_that_a_clear_put_out_of_service_is_no_alarm() {
     let meanwhile = || drop(world.shared.tables.clear(Some(TABLE)));
     let audits = world.audit(Ok((Digest::ABSENT, STAMP)), meanwhile).await;
     assert_eq!((audits.audited, audits.changed), (1, 1), "{audits:?}");
-    assert_eq!(world.store.len(), 1, "its memory is still held");
+    assert_eq!(world.store.stats().entries, 1, "its memory is still held");
 }
 
 #[tokio::test]

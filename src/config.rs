@@ -5,10 +5,8 @@ use std::{fmt, time::Duration};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::{
-    audit,
     coherence::Timing,
     error::{Error, Kind, Result},
-    freshness::Fallback,
     settings,
     tls::TlsConfig,
 };
@@ -277,68 +275,4 @@ fn default_pool() -> PgPoolOptions {
             Ok(true)
         })
     })
-}
-
-/// Options of one table. More will come; start from `Default`.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct TableOptions {
-    /// Entries held, absent ones included, before the least useful are evicted. Default 100,000.
-    pub capacity: usize,
-    /// What reads do while the node is not coherent. Of this handle and its clones alone: another handle of the same table
-    /// may have another one. Default: they read Postgres.
-    pub fallback: Fallback,
-    /// After a gap, up to this many of the rows that were used most before it are read again, one statement of
-    /// [`load_keys_max`](Config::load_keys_max) keys at a time. Others are read when they are asked for. Default 0.
-    pub refill: usize,
-    /// Hits a second (not those of [`try_get`](crate::Table::try_get)) of which the row is read again, at most; if a row is not what was served, and no change on its way
-    /// explains it, it is forgotten, counted ([`Audits`](crate::Audits)), logged and told
-    /// ([`Event::Incoherent`](crate::Event::Incoherent)). Never for another reason. At most 1000. Each costs a reading by key,
-    /// in one statement per [`beat`](Config::beat) and [`load_keys_max`](Config::load_keys_max) keys, and a load a hash of
-    /// the row. Default 0: none.
-    pub audit: u32,
-}
-
-impl Default for TableOptions {
-    fn default() -> Self {
-        Self { capacity: 100_000, fallback: Fallback::default(), refill: 0, audit: 0 }
-    }
-}
-
-impl TableOptions {
-    /// With this many entries at most.
-    #[must_use]
-    pub fn capacity(mut self, entries: usize) -> Self {
-        self.capacity = entries;
-        self
-    }
-
-    /// With up to this many rows read again after a gap.
-    #[must_use]
-    pub fn refill(mut self, rows: usize) -> Self {
-        self.refill = rows;
-        self
-    }
-
-    /// With up to this many hits a second read again, to show that they were right.
-    #[must_use]
-    pub fn audit(mut self, a_second: u32) -> Self {
-        self.audit = a_second;
-        self
-    }
-
-    pub(crate) fn check(&self) -> Result<()> {
-        if self.audit > audit::RATE_MAX {
-            let what = format!("`audit` must be at most {} a second", audit::RATE_MAX);
-            return Err(Error::new(Kind::Config, what));
-        }
-        Ok(())
-    }
-
-    /// With this to do while the node is not coherent.
-    #[must_use]
-    pub fn fallback(mut self, fallback: Fallback) -> Self {
-        self.fallback = fallback;
-        self
-    }
 }

@@ -35,6 +35,7 @@ pub(crate) enum Kind {
     SchemaTooOld,
     Standby,
     Table,
+    Throttled,
     Timeout,
     Token,
     Unavailable,
@@ -122,6 +123,13 @@ impl Error {
     #[must_use]
     pub fn is_table(&self) -> bool {
         self.0.kind == Kind::Table
+    }
+
+    /// A miss was refused, because too many keys that do not exist have been asked for lately
+    /// ([`TableOptions::not_found_max`](crate::TableOptions::not_found_max)). Worth another try a second later.
+    #[must_use]
+    pub fn is_throttled(&self) -> bool {
+        self.0.kind == Kind::Throttled
     }
 
     /// Something took longer than its limit: a load, a free connection of the pool, a fence.

@@ -220,6 +220,21 @@ impl<K: Key, V: FromRow> Table<K, V> {
         ))
     }
 
+    /// Fails while too many keys are asked for that do not exist.
+    fn refuse_unknown(&self) -> Result<()> {
+        if !self.store.refuses_unknown(|| self.shared().host.now()) {
+            return Ok(());
+        }
+        self.store.counters.declined.add(1);
+        Err(Error::new(
+            Kind::Throttled,
+            format!(
+                "what is not held of {} is not read now: more of the keys asked for do not exist than `not_found_max` allows",
+                self.name()
+            ),
+        ))
+    }
+
     /// One row on these terms.
     pub(crate) async fn read(&self, key: &K, terms: Terms) -> Result<Option<Cached<V>>> {
         let mut wanted = Vec::new();
@@ -234,6 +249,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
             return Ok(Asked::Hit(entry));
         }
         self.refuse_in_doubt()?;
+        self.refuse_unknown()?;
         Ok(self.store.ask(key, terms.join, wanted))
     }
 
@@ -277,6 +293,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
                 unique.len() - 1
             });
         }
+        self.refuse_unknown()?;
         self.store.counters.declined.add(keys.len() as u64);
         let shared = self.shared();
         let loaded = {
@@ -295,6 +312,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
         for row in loaded.rows {
             rows.push(Cached::loaded(row?));
         }
+        self.store.found_nothing(rows.iter().filter(|row| row.is_none()).count(), shared.host.now());
         Ok(keys.iter().map(|key| rows[places[key]].clone()).collect())
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     relay::{self, LineId, Loss},
     snapshot::Snapshot,
     source::Stamp,
-    store::{Asked, Limits, Origin, Outcome, Runner, Store},
+    store::{Asked, Bounds, Limits, Origin, Outcome, Runner, Store},
     sync::Arc,
     tables::{self, Member, Trust},
     token::Token,
@@ -239,7 +239,7 @@ pub enum Mood {
 impl Cache {
     pub fn new(capacity: usize, runners_max: usize, batch_max: usize, secret: Option<&[u8]>) -> Self {
         let hashed = secret.map(|secret| Hashed::new(crate::hashed::Secret::new(secret)));
-        Self(Arc::new(Store::new(capacity, Limits { runners_max, batch_max }, hashed)))
+        Self(Arc::new(Store::new(Bounds::rows::<i64, u64>(capacity), Limits { runners_max, batch_max }, hashed)))
     }
 
     /// What a message says of these keys.
@@ -295,7 +295,7 @@ impl Cache {
     }
 
     pub fn gets(&self) -> u64 {
-        self.0.counters.snapshot(0).gets
+        self.0.counters.snapshot().gets
     }
 
     pub fn reclaim(&self) {

@@ -117,6 +117,7 @@ mod load;
 #[cfg(all(test, loom_core))]
 mod loom_tests;
 mod node;
+mod options;
 mod postgres;
 mod refill;
 mod relay;
@@ -138,12 +139,13 @@ mod transaction;
 
 pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
-pub use config::{Config, TableOptions};
+pub use config::Config;
 pub use error::{Error, Result};
 pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
+pub use options::TableOptions;
 pub use postgres::{install, migrate};
 pub use stats::{Audits, NodeStats, Stats};
 pub use status::{Event, Events, Status};

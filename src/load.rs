@@ -6,10 +6,10 @@
 use std::{iter, sync::Arc};
 
 use crate::{
-    digest::{Digest, Tenths},
+    digest::Tenths,
     key::Key,
     shared::{Shared, Whose},
-    source::Source,
+    source::{Received, Source},
     store::{Origin, Runner},
 };
 
@@ -33,9 +33,11 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
                     runner.fail(&Shared::foreign());
                 } else {
                     let ours = whose == Whose::Ours && !stamp.dirty;
-                    // None, unless the table is audited.
-                    let digests = loaded.digests.into_iter().chain(iter::repeat(Digest::UNKNOWN));
-                    runner.finish_digested(loaded.rows.into_iter().zip(digests), Origin { stamp, ours, at });
+                    let received = loaded.received.into_iter().chain(iter::repeat(Received::default()));
+                    runner.finish_received(
+                        loaded.rows.into_iter().zip(received),
+                        Origin { stamp, ours, at, ended: shared.host.now() },
+                    );
                 }
             }
             Err(error) => runner.fail(&error),

@@ -14,7 +14,7 @@ use crate::{
     gate::{Before, Gate, Words},
     horizon::Horizon,
     source::Stamp,
-    store::{Asked, Limits, Origin, Store},
+    store::{Asked, Bounds, Limits, Origin, Store},
     sync::{Arc, AtomicU64, Ordering},
     tables::Member,
 };
@@ -134,7 +134,8 @@ fn loom_a_position_is_not_of_a_later_epoch_than_the_word() {
 fn loom_what_the_last_clear_left_is_given_back() {
     loom::model(|| {
         let mut words = Words::default();
-        let store: Arc<Store<i64, u64>> = Arc::new(Store::new(100, Limits { runners_max: 1, batch_max: 1 }, None));
+        let store: Arc<Store<i64, u64>> =
+            Arc::new(Store::new(Bounds::rows::<i64, u64>(100), Limits { runners_max: 1, batch_max: 1 }, None));
         store.show(words.fresh(true), Before::Forgotten);
         let mut wanted = Vec::new();
         assert!(matches!(store.ask(&1, Join::Running, &mut wanted), Asked::Wait(_)));
@@ -142,7 +143,7 @@ fn loom_what_the_last_clear_left_is_given_back() {
         runner.take();
         let stamp = Stamp { incarnation: None, dirty: false, lsn: 7 };
         runner.finish([Ok(Some(1))], Origin { stamp, ours: true, ..Origin::default() });
-        assert_eq!((runner.take(), store.len()), (None, 1));
+        assert_eq!((runner.take(), store.stats().entries), (None, 1));
 
         assert!(store.wants_reclaim());
         let reclaimer = Arc::clone(&store);
@@ -153,6 +154,6 @@ fn loom_what_the_last_clear_left_is_given_back() {
         if again {
             store.reclaim();
         }
-        assert_eq!(store.len(), 0, "nobody gives it back before the next clear");
+        assert_eq!(store.stats().entries, 0, "nobody gives it back before the next clear");
     });
 }

@@ -6,19 +6,24 @@ use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
     audit::{self, Auditor},
-    config::{Config, TableOptions},
+    config::Config,
     error::{Error, Kind, Result},
     hashed::Hashed,
     host::Process,
     keeper,
     key::Key,
-    postgres::{catalog, rows::Rows, server::Postgres},
+    options::TableOptions,
+    postgres::{
+        catalog,
+        rows::{Keeps, Rows},
+        server::Postgres,
+    },
     refill,
     server::Server,
     shared::{Handle, Reached, Shared},
     stats::NodeStats,
     status::{Events, Status},
-    store::{Limits, Store},
+    store::{Limits, Store, Weigh},
     table::{FromRow, Table},
     tables::Member,
     throttle::Throttle,
@@ -121,13 +126,16 @@ impl Node {
         let mut tracked = catalog::open::<K>(&self.postgres.pool, shared.config.pooler, name).await?;
         tracked.trust = keeper::heard(&shared.config, &tracked.name, tracked.trust)
             .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
+        let weigh = options.weigh()?;
+        let keeps = Keeps { digests: options.audit > 0, lengths: matches!(weigh, Weigh::Received) };
         let mut is_new = false;
         let store = self.handle.open::<K, V, _>(&tracked.name, || {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
-            let store = Store::<K, V>::new(options.capacity, limits, tracked.secret.clone().map(Hashed::new));
-            let store = Arc::new(store.audited(options.audit > 0));
+            let store = Store::<K, V>::new(options.bounds(), limits, tracked.secret.clone().map(Hashed::new));
+            let store = store.weighed(weigh).unknown_max(options.not_found_max);
+            let store = Arc::new(store);
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             // It may be the first one for which the log is polled between fences.
             shared.wake.notify_one();
@@ -139,7 +147,7 @@ impl Node {
         let source = Rows::new(
             self.postgres.pool.clone(),
             &tracked,
-            store.is_audited,
+            keeps,
             shared.config.load_timeout,
             Arc::clone(&self.postgres.standby),
             shared.config.pooler,

@@ -26,9 +26,22 @@ pub(crate) type Loading<'a, V> = Pin<Box<dyn Future<Output = Result<Loaded<V>>> 
 pub(crate) struct Loaded<V> {
     /// One result per key, in the order of the keys. `None`: no such row.
     pub(crate) rows: Vec<Result<Option<V>>>,
-    /// Of the rows, in the same order; empty unless the table is audited.
-    pub(crate) digests: Vec<Digest>,
+    /// Of the rows, in the same order; empty unless somebody wants it.
+    pub(crate) received: Vec<Received>,
     pub(crate) stamp: Stamp,
+}
+
+/// What is kept of a row as it was received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Received {
+    /// If the table is audited.
+    pub(crate) digest: Digest,
+    /// Its length, if rows are weighed by that. What is more than 4 GB is as much.
+    pub(crate) bytes: u32,
+}
+
+impl Received {
+    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0 };
 }
 
 /// An audit's reading under way.

@@ -32,7 +32,7 @@ pub struct Stats {
     /// Misses that waited for a load somebody else had asked for.
     pub joined: u64,
     /// Misses that asked for no load: of [`try_get`](crate::Table::try_get), of keys that no row can have, of reads that
-    /// [`Fallback::Fail`](crate::Fallback::Fail) refused, and of [`snapshot`](crate::Table::snapshot)s, which have their own
+    /// [`Fallback::Fail`](crate::Fallback::Fail) or [`TableOptions::not_found_max`](crate::TableOptions::not_found_max) refused, and of [`snapshot`](crate::Table::snapshot)s, which have their own
     /// statement.
     pub declined: u64,
     /// Loads of a key that were started.
@@ -46,6 +46,8 @@ pub struct Stats {
     pub uncached: u64,
     /// Loads that failed.
     pub failed: u64,
+    /// Loads that found no row.
+    pub not_found: u64,
     /// Batches that these loads were sent in: one SQL statement each, unless Postgres refused it, and its keys were then
     /// loaded one by one.
     pub queries: u64,
@@ -55,8 +57,17 @@ pub struct Stats {
     pub clears: u64,
     /// Rows that were read again after a gap because they had been used before it. Their loads are not gets.
     pub refilled: u64,
+    /// Entries that were evicted for lack of space, before anything else ended them.
+    pub evicted: u64,
+    /// Of those: entries larger than any that can be held ([`TableOptions::bytes`](crate::TableOptions::bytes)), evicted when they came.
+    pub oversized: u64,
     /// Entries held, absent ones and ones that are no longer valid included.
     pub entries: u64,
+    /// Of those: absent ones.
+    pub absent: u64,
+    /// What entries take, in bytes: the absent ones; and rows, if they are bounded by
+    /// [`TableOptions::bytes`](crate::TableOptions::bytes).
+    pub bytes: u64,
     /// Hits whose rows were read again.
     pub audits: Audits,
 }
@@ -130,10 +141,13 @@ pub(crate) struct Counters {
     pub(crate) voided: Counter,
     pub(crate) uncached: Counter,
     pub(crate) failed: Counter,
+    pub(crate) not_found: Counter,
     pub(crate) queries: Counter,
     pub(crate) invalidations: Counter,
     pub(crate) clears: Counter,
     pub(crate) refilled: Counter,
+    pub(crate) evicted: Counter,
+    pub(crate) oversized: Counter,
     pub(crate) audits: AuditCounters,
 }
 
@@ -158,7 +172,8 @@ impl Counters {
         self.stale.add(1);
     }
 
-    pub(crate) fn snapshot(&self, entries: u64) -> Stats {
+    /// What is held apart.
+    pub(crate) fn snapshot(&self) -> Stats {
         // Sums are taken here, of counters that were read once: an identity cannot be seen half updated.
         let (hits, stale) = (self.hits.get(), self.stale.get());
         let (led, joined, declined) = (self.led.get(), self.joined.get(), self.declined.get());
@@ -176,12 +191,15 @@ impl Counters {
             voided: self.voided.get(),
             uncached: self.uncached.get(),
             failed: self.failed.get(),
+            not_found: self.not_found.get(),
             queries: self.queries.get(),
             invalidations: self.invalidations.get(),
             clears: self.clears.get(),
             refilled: self.refilled.get(),
-            entries,
+            evicted: self.evicted.get(),
+            oversized: self.oversized.get(),
             audits: self.audits.snapshot(),
+            ..Stats::default()
         }
     }
 }
@@ -250,7 +268,7 @@ mod tests {
             }
         });
         counters.declined.add(2);
-        let stats = counters.snapshot(0);
+        let stats = counters.snapshot();
         assert_eq!((stats.gets, stats.hits, stats.misses), (40_002, 40_000, 2));
     }
 }

@@ -9,10 +9,9 @@
 //! Only [`Runner::finish`] adds entries; only an invalidation, the gate, or lack of space takes them away.
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
-//! **Lock order**: a key's stripe, then `quick_cache`'s shard or the index of hashes (`hashed.rs`). The queue's lock is held with no other. No code of
-//! the user runs under any of them, with two exceptions: the key's `Hash`, `Eq` and `Clone`; and the `Drop` of values that
-//! `quick_cache` evicts more than two of at a time, so that it must not call into its own table. Elsewhere values are
-//! dropped after the locks are released.
+//! **Lock order**: a key's stripe, then `quick_cache`'s shard, then the pins (`held.rs`); or, after the stripe, the index of hashes
+//! (`hashed.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
+//! `Clone`. Values are dropped after the locks are released.
 //!
 //! The race that a cache must not lose (X1), and the line that closes it:
 //!
@@ -31,20 +30,20 @@ use std::{
 };
 
 use crossbeam_utils::CachePadded;
-use quick_cache::{DefaultHashBuilder, sync::Cache};
+use quick_cache::DefaultHashBuilder;
 use tokio::sync::oneshot;
 
 use crate::{
     change::RowKey,
-    coherence::Incarnation,
-    digest::{Digest, Tenths},
+    coherence::{Boot, Incarnation},
+    digest::Tenths,
     error::{Error, Kind, Result},
     fill::{Flight, Join, Verdict},
     gate::{Before, Gate, Word},
     hashed::{Hashed, KeyHash},
     key::{Key, KeyPart},
-    source::Stamp,
-    stats::Counters,
+    source::{Received, Stamp},
+    stats::{Counters, Stats},
     sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
     tables::Member,
 };
@@ -77,7 +76,7 @@ pub(crate) enum Asked<V> {
 
 pub(crate) struct Store<K, V> {
     gate: Gate,
-    entries: Cache<K, Arc<Entry<V>>>,
+    entries: Held<K, V>,
     pub(crate) counters: Counters,
     /// Protects, for its share of the keys: which loads run, who waits for them, and publishing.
     stripes: Box<[Stripe<K, V>]>,
@@ -92,8 +91,8 @@ pub(crate) struct Store<K, V> {
     reclaims: AtomicU64,
     /// Hits that wait to be audited.
     sample: Sample<K, V>,
-    /// Whether entries have digests.
-    pub(crate) is_audited: bool,
+    weigh: Weigh<V>,
+    unknown: Unknown,
 }
 
 type Stripe<K, V> = CachePadded<Mutex<HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>>>;
@@ -123,12 +122,12 @@ const STRIPES: usize = 64;
 const STRIPES: usize = 1;
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
-    pub(crate) fn new(capacity: usize, limits: Limits, hashed: Option<Hashed<K>>) -> Self {
+    pub(crate) fn new(bounds: Bounds, limits: Limits, hashed: Option<Hashed<K>>) -> Self {
         let hasher = DefaultHashBuilder::default();
         let stripe = || CachePadded::new(Mutex::new(HashMap::with_hasher(hasher.clone())));
         Self {
             gate: Gate::closed(),
-            entries: Cache::new(capacity),
+            entries: Held::new(bounds),
             counters: Counters::default(),
             stripes: (0..STRIPES).map(|_| stripe()).collect(),
             hasher,
@@ -137,8 +136,15 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             limits,
             reclaims: AtomicU64::new(0),
             sample: Sample::default(),
-            is_audited: false,
+            unknown: Unknown::default(),
+            weigh: Weigh::One,
         }
+    }
+
+    /// The store of a table whose rows are weighed by this.
+    pub(crate) fn weighed(mut self, weigh: Weigh<V>) -> Self {
+        self.weigh = weigh;
+        self
     }
 
     /// The entry of `key`, if it may be served. Counts a hit; a miss is counted by what the caller does next.
@@ -293,8 +299,16 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         self.counters.invalidations.add(1);
     }
 
-    pub(crate) fn len(&self) -> u64 {
-        self.entries.len() as u64
+    /// The counters, and what is held.
+    pub(crate) fn stats(&self) -> Stats {
+        let ([rows, absent], [weight, absent_weight]) = (self.entries.len(), self.entries.weight());
+        let bytes = if matches!(self.weigh, Weigh::One) { absent_weight } else { weight + absent_weight };
+        Stats { entries: rows + absent, absent, bytes, ..self.counters.snapshot() }
+    }
+
+    /// Keeps the entry of `key` however little space there is, or no longer so. Returns whether that is news.
+    pub(crate) fn pin(&self, key: &K, pinned: bool) -> bool {
+        self.entries.pin(key, pinned)
     }
 
     fn flights(&self, key: &K) -> MutexGuard<'_, HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>> {
@@ -311,19 +325,24 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Ends the running load of `key`: publishes its result if that is still allowed, and answers all who
     /// waited for it. Returns whether the key must be loaded again.
-    fn finish(&self, key: &K, (result, digest): (Result<Option<V>>, Digest), origin: Origin) -> bool {
+    fn finish(&self, key: &K, (result, received): (Result<Option<V>>, Received), origin: Origin) -> bool {
         let counters = &self.counters;
+        if matches!(result, Ok(None)) {
+            self.found_nothing(1, origin.ended);
+        }
+        // The user's code may be asked, so under no lock.
+        let weight = result.as_ref().map_or(0, |value| self.weight(key, value.as_ref(), received));
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
         let word = self.gate.word();
-        let mut evicted = Default::default();
-        let mut removed = None;
+        let mut removed = Removed::default();
         let outcome = result.map(|value| {
-            let entry = Entry { digest, at: origin.at, ..Entry::new(word, origin.stamp.lsn, value) };
+            let entry =
+                Entry { digest: received.digest, at: origin.at, weight, ..Entry::new(word, origin.stamp.lsn, value) };
             let entry = Arc::new(entry);
             let verdict = flight.verdict(word);
             if verdict == Verdict::Publish && origin.ours {
-                self.entries.insert_with_lifecycle(key.clone(), Arc::clone(&entry), &mut evicted);
+                removed = self.entries.insert(key, &entry);
                 counters.published.add(1);
             } else {
                 if verdict == Verdict::Voided { &counters.voided } else { &counters.uncached }.add(1);
@@ -332,8 +351,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             }
             Answer { entry, read: origin.stamp.incarnation }
         });
-        if outcome.is_err() {
-            counters.failed.add(1);
+        match &outcome {
+            Ok(Answer { entry, .. }) => {
+                let (evicted, oversized) = removed.for_space(key, entry);
+                counters.evicted.add(evicted);
+                counters.oversized.add(u64::from(oversized));
+            }
+            Err(_) => counters.failed.add(1),
         }
         let landing = flight.finish();
         if !landing.again {
@@ -344,7 +368,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             // A caller who was cancelled no longer listens, which harms nobody.
             let _ = caller.send(outcome.clone());
         }
-        drop((evicted, removed));
+        drop(removed);
         landing.again
     }
 }
@@ -422,13 +446,25 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// What an entry weighs, in the unit of the bound that it counts against.
+    fn weight(&self, key: &K, value: Option<&V>, received: Received) -> u32 {
+        let heap = match (value, &self.weigh) {
+            (None, _) => 0,
+            (Some(_), Weigh::One) => return 1,
+            (Some(_), Weigh::Received) => received.bytes as usize,
+            (Some(value), Weigh::With(heap)) => heap(value),
+        };
+        let bytes = heap.saturating_add(held::heap_of(key) + held::overhead::<K, V>());
+        u32::try_from(bytes).unwrap_or(u32::MAX)
+    }
+
     fn remove_dead(&self) {
         // Not `clear`: what has been loaded since is alive. `remove_if` reclaims here, it does not invalidate: the gate
         // has done that. Key by key, so that no reader waits for long, and values are dropped under no lock.
         let is_dead = |entry: &Arc<Entry<V>>| entry.word != self.gate.word() && !self.gate.is_stale(entry.word);
         let dead: Vec<K> = self.entries.iter().filter(|(_, entry)| is_dead(entry)).map(|(key, _)| key).collect();
         for key in dead {
-            drop(self.entries.remove_if(&key, is_dead));
+            self.entries.remove_if(&key, is_dead);
         }
         self.sweep();
     }
@@ -442,6 +478,8 @@ pub(crate) struct Origin {
     pub(crate) ours: bool,
     /// When the loads started.
     pub(crate) at: Tenths,
+    /// When they had ended.
+    pub(crate) ended: Boot,
 }
 
 /// The right to load keys of one table: at most [`Limits::runners_max`] exist at a time.
@@ -478,13 +516,13 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
 
     /// Ends the loads of the batch, with one result per key in the order of the keys.
     pub(crate) fn finish(&mut self, results: impl IntoIterator<Item = Result<Option<V>>>, origin: Origin) {
-        self.finish_digested(results.into_iter().map(|result| (result, Digest::UNKNOWN)), origin);
+        self.finish_received(results.into_iter().map(|result| (result, Received::default())), origin);
     }
 
-    /// As [`finish`](Self::finish), with the digests of the rows.
-    pub(crate) fn finish_digested(
+    /// As [`finish`](Self::finish), with what is kept of the rows as they were received.
+    pub(crate) fn finish_received(
         &mut self,
-        results: impl IntoIterator<Item = (Result<Option<V>>, Digest)>,
+        results: impl IntoIterator<Item = (Result<Option<V>>, Received)>,
         origin: Origin,
     ) {
         for result in results {
@@ -529,16 +567,31 @@ impl<K: Key, V: Send + Sync + 'static> Drop for Runner<K, V> {
     }
 }
 
+/// How rows are weighed. Absent rows always are by their bytes.
+pub(crate) enum Weigh<V> {
+    /// One is like another.
+    One,
+    /// By the bytes in which they were received, which stand for what they own outside of themselves.
+    Received,
+    /// By what this says that they own outside of themselves, in bytes.
+    With(std::sync::Arc<dyn Fn(&V) -> usize + Send + Sync>),
+}
+
 mod entry;
+mod held;
 mod sample;
 mod sweep;
+mod unknown;
 #[cfg(any(all(test, shuttle), fuzzing))]
 mod whole;
 
 pub use entry::Cached;
 pub(crate) use entry::Entry;
+pub(crate) use held::Bounds;
+use held::{Held, Removed};
 use sample::Sample;
 pub(crate) use sample::Served;
+use unknown::Unknown;
 
 #[cfg(test)]
 #[cfg(not(shuttle))]

@@ -30,7 +30,12 @@ use crate::{
 
 const KEYS: usize = 2;
 
-const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true, at: Tenths::BOOT };
+const OURS: Origin = Origin {
+    stamp: Stamp { incarnation: None, dirty: false, lsn: 7 },
+    ours: true,
+    at: Tenths::BOOT,
+    ended: Boot::ZERO,
+};
 
 struct World {
     store: Arc<Store<i64, u64>>,
@@ -74,7 +79,11 @@ enum Mood {
 impl World {
     fn new(plan: Plan) -> Arc<Self> {
         let hashed = plan.hashed.then(|| Hashed::new(Secret::new(b"secret")));
-        let store = Arc::new(Store::new(plan.capacity, Limits { runners_max: 2, batch_max: 2 }, hashed));
+        let store = Arc::new(Store::new(
+            Bounds::rows::<i64, u64>(plan.capacity),
+            Limits { runners_max: 2, batch_max: 2 },
+            hashed,
+        ));
         let world = Self {
             store: Arc::clone(&store),
             tables: Tables::default(),
@@ -252,7 +261,7 @@ fn scenario(plan: Plan) {
     world.assert_at_rest();
     if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.accidents {
         // Each key: one load for the first reader, and one after each of its changes.
-        let loads = world.store.counters.snapshot(0).loads;
+        let loads = world.store.counters.snapshot().loads;
         assert!(loads <= 2 + 3, "{loads} loads of two keys that changed three times");
     }
 }

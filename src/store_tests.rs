@@ -9,7 +9,12 @@ use std::{
 use super::*;
 use crate::{change::Rows, gate::Words, hashed::Secret, stats::SAMPLED};
 
-const OURS: Origin = Origin { stamp: Stamp { incarnation: None, dirty: false, lsn: 7 }, ours: true, at: Tenths::BOOT };
+const OURS: Origin = Origin {
+    stamp: Stamp { incarnation: None, dirty: false, lsn: 7 },
+    ours: true,
+    at: Tenths::BOOT,
+    ended: Boot::ZERO,
+};
 
 type Wait = oneshot::Receiver<Outcome<&'static str>>;
 type Users = Arc<Store<i64, &'static str>>;
@@ -20,7 +25,7 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
-    let store = Arc::new(Store::new(100, Limits { runners_max: 2, batch_max: 3 }, None));
+    let store = Arc::new(Store::new(Bounds::rows::<i64, &str>(100), Limits { runners_max: 2, batch_max: 3 }, None));
     let mut fixture = Fixture { store, words: Words::default() };
     fixture.turn(true);
     fixture
@@ -60,7 +65,8 @@ impl Fixture {
 /// As [`fixture`], and messages have hashes.
 fn hashed_fixture(capacity: usize) -> Fixture {
     let limits = Limits { runners_max: 1, batch_max: 10_000 };
-    let store = Arc::new(Store::new(capacity, limits, Some(Hashed::new(Secret::new(b"secret")))));
+    let store =
+        Arc::new(Store::new(Bounds::rows::<i64, &str>(capacity), limits, Some(Hashed::new(Secret::new(b"secret")))));
     let mut fixture = Fixture { store, words: Words::default() };
     fixture.turn(true);
     fixture
@@ -87,7 +93,7 @@ fn a_load_answers_all_who_joined_and_is_published() {
     assert_eq!(runner.take(), None);
     assert_eq!(fixture.held(1), Some(Some("ada")));
     assert!(fixture.store.lookup(&1).is_some());
-    let stats = fixture.store.counters.snapshot(0);
+    let stats = fixture.store.counters.snapshot();
     assert_eq!((stats.gets, stats.hits, stats.led, stats.joined), (4, 1, 1, 2));
     assert_eq!((stats.loads, stats.published, stats.queries), (1, 1, 1));
 }
@@ -100,7 +106,7 @@ fn what_each_look_tells_and_counts() {
     assert!(fixture.store.is_coherent() && word.is_coherent());
     let looks = |store: &Users| [store.lookup_unaudited(&1), store.peek_used(&1), store.peek(&1)];
     assert!(looks(&fixture.store).iter().all(|entry| entry.as_ref().is_some_and(|entry| entry.value == Some("ada"))));
-    assert_eq!(fixture.store.counters.snapshot(0).hits, 1, "the first of them is a caller's");
+    assert_eq!(fixture.store.counters.snapshot().hits, 1, "the first of them is a caller's");
     fixture.store.open_seats(1);
     for _ in 0..4 * SAMPLED {
         fixture.store.lookup_unaudited(&1);
@@ -173,7 +179,7 @@ fn x1_an_invalidation_during_a_load_voids_it_for_those_who_come_later() {
     runner.finish([Ok(Some("new"))], OURS);
     assert_eq!(value(&mut after[0]), Some("new"));
     assert_eq!(fixture.held(1), Some(Some("new")));
-    let stats = fixture.store.counters.snapshot(0);
+    let stats = fixture.store.counters.snapshot();
     assert_eq!((stats.voided, stats.published, stats.loads), (1, 1, 2));
     assert_eq!((stats.led, stats.joined), (2, 0), "who came after leads the load of its own");
 }
@@ -202,6 +208,141 @@ fn x8_a_load_that_began_before_a_clear_is_not_published_after_it() {
     assert_eq!(runners[0].take(), Some(&[1][..]));
 }
 
+/// As [`fixture`], with these bounds, and rows that weigh as many bytes as their text.
+fn bounded(bounds: Bounds) -> Fixture {
+    let store = Store::new(bounds, Limits { runners_max: 1, batch_max: 10_000 }, None);
+    let weigh: Weigh<&'static str> =
+        if bounds.bytes.is_some() { Weigh::With(std::sync::Arc::new(|text| text.len())) } else { Weigh::One };
+    let mut fixture = Fixture { store: Arc::new(store.weighed(weigh)), words: Words::default() };
+    fixture.turn(true);
+    fixture
+}
+
+const FEW: Bounds = Bounds { rows: 100, bytes: None, absent_bytes: 40_000 };
+
+#[test]
+fn a_row_and_its_absence_are_not_held_at_the_same_time() {
+    let mut fixture = fixture();
+    for [first, second] in [[Some("ada"), None], [None, Some("ada")]] {
+        fixture.hold(&[(1, first)]);
+        fixture.turn(true);
+        fixture.hold(&[(1, second)]);
+        assert_eq!(fixture.held(1), Some(second));
+        assert_eq!(fixture.store.stats().entries, 1);
+        fixture.turn(true);
+    }
+}
+
+#[test]
+fn made_up_keys_evict_no_row_and_fill_no_memory() {
+    let fixture = bounded(FEW);
+    let rows: Vec<_> = (0..80).map(|key| (key, Some("row"))).collect();
+    fixture.hold(&rows);
+    let known = fixture.store.stats().entries;
+    for made_up in 1000..20_000 {
+        fixture.hold(&[(made_up, None)]);
+    }
+    let stats = fixture.store.stats();
+    assert_eq!(stats.entries - stats.absent, known, "rows");
+    assert!(stats.absent > 50, "absent rows are held: {stats:?}");
+    assert!(stats.bytes <= 40_000, "{stats:?}");
+    assert_eq!((stats.not_found, stats.evicted), (19_000, 19_000 - stats.absent));
+}
+
+#[test]
+fn absent_rows_are_not_held_without_memory_for_them() {
+    let fixture = bounded(Bounds { absent_bytes: 0, ..FEW });
+    fixture.hold(&[(1, None), (2, Some("ada"))]);
+    assert_eq!((fixture.held(1), fixture.held(2)), (None, Some(Some("ada"))));
+}
+
+#[test]
+fn rows_are_held_by_weight_and_the_too_large_one_harms_nobody() {
+    const LONG: &str =
+        "a text of which there can be but one: it takes more than half of the space that there is, as can be counted";
+    let overhead = held::overhead::<i64, &str>();
+    let bytes = 2 * overhead + 3 * LONG.len() / 2;
+    let fixture = bounded(Bounds { bytes: Some(bytes), ..FEW });
+    fixture.hold(&[(1, Some(LONG))]);
+    assert_eq!(fixture.store.stats().bytes, (overhead + LONG.len()) as u64);
+    fixture.hold(&[(2, Some(LONG))]);
+    let stats = fixture.store.stats();
+    assert_eq!((stats.entries, stats.evicted, stats.oversized), (1, 1, 0));
+    assert!(stats.bytes <= bytes as u64);
+    let huge: &'static str = Box::leak("x".repeat(bytes).into_boxed_str());
+    let held_before = (fixture.held(1), fixture.held(2));
+    fixture.hold(&[(3, Some(huge))]);
+    assert_eq!((fixture.held(1), fixture.held(2), fixture.held(3)), (held_before.0, held_before.1, None));
+    let stats = fixture.store.stats();
+    assert_eq!((stats.evicted, stats.oversized, stats.published), (2, 1, 3));
+}
+
+#[test]
+fn an_entry_that_is_replaced_is_not_evicted() {
+    let mut fixture = fixture();
+    fixture.hold(&[(1, Some("old"))]);
+    fixture.turn(true);
+    fixture.hold(&[(1, Some("new"))]);
+    assert_eq!(fixture.store.stats().evicted, 0);
+}
+
+#[test]
+fn a_value_that_is_evicted_may_call_into_its_table() {
+    struct Caller(std::sync::Weak<Store<i64, Caller>>);
+
+    impl Drop for Caller {
+        fn drop(&mut self) {
+            if let Some(store) = self.0.upgrade() {
+                (0..100).for_each(|key| drop(store.lookup(&key)));
+                store.invalidate(&-1);
+            }
+        }
+    }
+
+    let overhead = held::overhead::<i64, Caller>();
+    let bounds = Bounds { rows: 100, bytes: Some(40 * overhead), absent_bytes: 0 };
+    let weigh = Weigh::With(std::sync::Arc::new(move |_: &Caller| 4 * overhead));
+    let store = Store::new(bounds, Limits { runners_max: 1, batch_max: 1 }, None).weighed(weigh);
+    let store: Arc<Store<i64, Caller>> = Arc::new(store);
+    let mut words = Words::default();
+    store.show(words.fresh(true), Before::Forgotten);
+    for key in 0..100 {
+        let mut wanted = Vec::new();
+        store.ask(&key, Join::Running, &mut wanted);
+        let mut runners = store.enqueue(wanted);
+        runners[0].take();
+        runners[0].finish([Ok(Some(Caller(std::sync::Arc::downgrade(&store))))], OURS);
+        assert!(runners[0].take().is_none());
+    }
+    assert!(store.stats().evicted > 80);
+}
+
+#[test]
+fn what_is_pinned_stays_until_it_is_changed_or_unpinned() {
+    let fixture = bounded(FEW);
+    let flood = |fixture: &Fixture, from: i64| {
+        for key in from..from + 2000 {
+            fixture.hold(&[(key, Some("other"))]);
+        }
+    };
+    assert!(fixture.store.pin(&1, true) && !fixture.store.pin(&1, true));
+    // What comes first, while there is space, would stay by itself.
+    flood(&fixture, 100);
+    fixture.hold(&[(1, Some("ada")), (2, Some("bob"))]);
+    flood(&fixture, 1000);
+    assert_eq!((fixture.held(1), fixture.held(2)), (Some(Some("ada")), None));
+    fixture.store.invalidate(&1);
+    assert_eq!(fixture.held(1), None);
+    fixture.hold(&[(1, Some("eve"))]);
+    flood(&fixture, 4000);
+    assert_eq!(fixture.held(1), Some(Some("eve")));
+    assert!(fixture.store.pin(&1, false) && !fixture.store.pin(&1, false));
+    fixture.store.invalidate(&1);
+    fixture.hold(&[(1, Some("eve"))]);
+    flood(&fixture, 8000);
+    assert_eq!(fixture.held(1), None);
+}
+
 #[test]
 fn a_clear_forgets_what_is_held_at_once() {
     let mut fixture = fixture();
@@ -217,9 +358,9 @@ fn reclaiming_frees_what_a_clear_left_and_nothing_loaded_since() {
     fixture.hold(&[(1, Some("old")), (2, Some("old"))]);
     fixture.turn(true);
     fixture.hold(&[(1, Some("new"))]);
-    assert_eq!(fixture.store.len(), 2);
+    assert_eq!(fixture.store.stats().entries, 2);
     fixture.store.reclaim();
-    assert_eq!(fixture.store.len(), 1);
+    assert_eq!(fixture.store.stats().entries, 1);
     assert_eq!(fixture.held(1), Some(Some("new")));
 }
 
@@ -237,7 +378,7 @@ fn nothing_is_cached_or_served_while_not_coherent() {
     assert_eq!(value(&mut second[0]), Some("bea"), "loads are shared all the same");
     fixture.turn(true);
     assert_eq!(fixture.held(1), None, "and forgotten");
-    assert_eq!(fixture.store.counters.snapshot(0).uncached, 1);
+    assert_eq!(fixture.store.counters.snapshot().uncached, 1);
 }
 
 #[test]
@@ -248,7 +389,7 @@ fn x6_rows_of_another_server_are_returned_but_not_cached() {
     runners[0].finish([Ok(Some("ada"))], Origin::default());
     assert_eq!(value(&mut wait[0]), Some("ada"));
     assert_eq!(fixture.held(1), None);
-    assert_eq!(fixture.store.counters.snapshot(0).uncached, 1);
+    assert_eq!(fixture.store.counters.snapshot().uncached, 1);
 }
 
 #[test]
@@ -264,7 +405,7 @@ fn a_failure_goes_to_all_who_joined_and_is_not_cached() {
     assert_eq!(runners[0].take(), None);
     let (_wait, runners) = fixture.ask(&[1]);
     assert_eq!(runners.len(), 1, "the next caller starts a new load");
-    assert_eq!(fixture.store.counters.snapshot(0).failed, 1);
+    assert_eq!(fixture.store.counters.snapshot().failed, 1);
 }
 
 #[test]
@@ -340,7 +481,8 @@ fn a_value_that_panics_when_it_is_dropped_does_not_end_reclaiming() {
         }
     }
 
-    let store: Arc<Store<i64, Bomb>> = Arc::new(Store::new(100, Limits { runners_max: 1, batch_max: 1 }, None));
+    let store: Arc<Store<i64, Bomb>> =
+        Arc::new(Store::new(Bounds::rows::<i64, Bomb>(100), Limits { runners_max: 1, batch_max: 1 }, None));
     let mut words = Words::default();
     store.show(words.fresh(true), Before::Forgotten);
     let mut wanted = Vec::new();
@@ -374,7 +516,7 @@ fn a_gap_puts_entries_out_of_service_and_only_those_who_ask_for_old_ones_get_the
     runners[0].finish([Ok(Some("eve"))], OURS);
     assert_eq!(value(&mut wait[0]), Some("eve"));
     assert_eq!(stale(&fixture, 1), None);
-    let stats = fixture.store.counters.snapshot(0);
+    let stats = fixture.store.counters.snapshot();
     assert_eq!((stats.stale, stats.uncached), (3, 1));
     fixture.turn(true);
     assert_eq!(stale(&fixture, 2), None, "what was held before the gap is not known to be right");

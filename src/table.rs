@@ -34,7 +34,7 @@ impl<V: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'static> FromRo
 /// The cached rows of one table, by key. Cheap to clone.
 ///
 /// Made by [`Node::table`](crate::Node::table). A row that does not exist is cached as well, until an INSERT. Values are shared, not
-/// copied; their `Drop` must not call into the table they were cached in.
+/// copied.
 pub struct Table<K: Key, V: FromRow> {
     /// Keeps the node alive.
     handle: Arc<Handle>,
@@ -105,7 +105,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     /// Those of the load, which go to everybody who waited for it, and are not cached:
     /// [`is_timeout`](Error::is_timeout), [`is_unavailable`](Error::is_unavailable), [`is_decode`](Error::is_decode),
     /// [`is_refused`](Error::is_refused), [`is_table`](Error::is_table) (the table is gone),
-    /// [`is_pooler`](Error::is_pooler), [`is_closed`](Error::is_closed).
+    /// [`is_pooler`](Error::is_pooler), [`is_closed`](Error::is_closed), and [`is_throttled`](Error::is_throttled) if
+    /// [`not_found_max`](crate::TableOptions::not_found_max) is set.
     ///
     /// # Cancel safety
     ///
@@ -193,10 +194,23 @@ impl<K: Key, V: FromRow> Table<K, V> {
         shared.broadcast(&change).await
     }
 
+    /// Keeps the entry of this key, once it is held, however little space there is. Changes invalidate it like any other, and
+    /// what is loaded afterwards is kept again. Pinned entries count, so that those of others have less space; if all are pinned, more is
+    /// held than the bound says. Each costs whoever looks for space a look: for dozens or hundreds of keys, not for most of a
+    /// table. Returns whether the key was not pinned before.
+    pub fn pin(&self, key: &K) -> bool {
+        self.store.pin(key, true)
+    }
+
+    /// Undoes [`pin`](Self::pin). Returns whether the key was pinned.
+    pub fn unpin(&self, key: &K) -> bool {
+        self.store.pin(key, false)
+    }
+
     /// Counters since the table was opened.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.store.counters.snapshot(self.store.len())
+        self.store.stats()
     }
 
     /// Whether entries of this table are served: as [`Node::status`](crate::Node::status), unless the table's triggers are in doubt.

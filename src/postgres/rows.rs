@@ -31,7 +31,7 @@ use crate::{
         catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent, line::stamp_view,
         server::fetch,
     },
-    source::{Digesting, Digests, Loaded, Loading, Source, Stamp},
+    source::{Digesting, Digests, Loaded, Loading, Received, Source, Stamp},
 };
 
 /// Loads rows of one table into values of type `V`.
@@ -48,12 +48,20 @@ pub(crate) struct Rows<K, V> {
     key_types: Vec<KeyType>,
     /// Its keys are secrets: errors, which are logged, do not show them.
     hides_keys: bool,
-    /// The table is audited.
-    takes_digests: bool,
+    keeps: Keeps,
     timeout: Duration,
     /// Whether rows with this stamp come from the server that the node listens to, as far as it knows.
     ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
     types: PhantomData<fn() -> (K, V)>,
+}
+
+/// What is kept of rows as they are received.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keeps {
+    /// For tables that are audited.
+    pub(crate) digests: bool,
+    /// For tables whose rows are weighed by that.
+    pub(crate) lengths: bool,
 }
 
 /// The statements of a table.
@@ -69,7 +77,7 @@ impl<K: Key, V> Rows<K, V> {
     pub(crate) fn new(
         pool: PgPool,
         table: &TrackedTable,
-        takes_digests: bool,
+        keeps: Keeps,
         timeout: Duration,
         standby: Arc<AtomicBool>,
         pooler: bool,
@@ -84,7 +92,7 @@ impl<K: Key, V> Rows<K, V> {
             pooler,
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
-            takes_digests,
+            keeps,
             timeout,
             ours: Box::new(ours),
             types: PhantomData,
@@ -166,7 +174,7 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     }
 
     async fn load_one_by_one(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
-        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), digests: Vec::new(), stamp: Stamp::default() };
+        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), received: Vec::new(), stamp: Stamp::default() };
         for key in keys {
             match self.load_together(std::slice::from_ref(key), deadline).await {
                 Ok(one) => {
@@ -179,11 +187,11 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                     all.stamp.dirty |= one.stamp.dirty;
                     all.stamp.lsn = all.stamp.lsn.max(one.stamp.lsn);
                     all.rows.extend(one.rows);
-                    all.digests.extend(one.digests);
+                    all.received.extend(one.received);
                 }
                 Err(error) => {
                     all.rows.push(Err(error));
-                    all.digests.push(Digest::UNKNOWN);
+                    all.received.push(Received::default());
                 }
             }
         }
@@ -303,12 +311,16 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
 
     fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
         let stamp = self.stamp(rows)?;
-        let mut digests_of = HashMap::with_capacity(if self.takes_digests { rows.len() } else { 0 });
+        let Keeps { digests, lengths } = self.keeps;
+        let keeps = digests || lengths;
+        let mut received = HashMap::with_capacity(if keeps { rows.len() } else { 0 });
         let mut found = HashMap::with_capacity(rows.len());
         for row in rows {
             let Some(key) = self.key_of(row)? else { continue };
-            if self.takes_digests {
-                digests_of.insert(key.clone(), self.digest(row)?);
+            if keeps {
+                let digest = if digests { self.digest(row)? } else { Digest::UNKNOWN };
+                let bytes = if lengths { self.length(row)? } else { 0 };
+                received.insert(key.clone(), Received { digest, bytes });
             }
             let value = decode(row)
                 .map_err(|error| Error::with(Kind::Decode, format!("{} could not be decoded", self.row(&key)), error));
@@ -317,9 +329,9 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
                 found.insert(key, Err(Error::new(Kind::Table, message)));
             }
         }
-        let digests = keys.iter().filter(|_| self.takes_digests);
+        let kept = keys.iter().filter(|_| keeps);
         Ok(Loaded {
-            digests: digests.map(|key| digests_of.get(key).copied().unwrap_or(Digest::ABSENT)).collect(),
+            received: kept.map(|key| received.get(key).copied().unwrap_or(Received::ABSENT)).collect(),
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
             stamp,
         })
@@ -332,6 +344,17 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
             (0..self.columns_of(row)).map(|n| row.try_get_raw(n)).collect::<sqlx::Result<_>>().map_err(read)?;
         // Only null has no bytes.
         Ok(Digest::of(raw.iter().map(|value| value.as_bytes().ok())))
+    }
+
+    /// Of the columns of the table, in bytes as they were received: fixed-width ones are part of the value itself as well.
+    fn length(&self, row: &PgRow) -> Result<u32> {
+        let read = |error| database_error(&format!("reading a row of {}", self.table), error);
+        let mut bytes = 0_usize;
+        for column in 0..self.columns_of(row) {
+            let value = row.try_get_raw(column).map_err(read)?;
+            bytes += value.as_bytes().map_or(0, <[u8]>::len);
+        }
+        Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
     }
 
     /// How many columns the table has: the statement ends with those of the key and of the stamp.

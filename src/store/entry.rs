@@ -26,13 +26,15 @@ pub(crate) struct Entry<V> {
     pub(super) heat: AtomicU32,
     /// When the load started.
     pub(super) at: Tenths,
+    /// In the unit of the bound that it counts against. It does not change.
+    pub(super) weight: u32,
     /// `None`: there is no such row.
     pub(super) value: Option<V>,
 }
 
 impl<V> Entry<V> {
     pub(super) fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
-        Self { word, lsn, digest: Digest::UNKNOWN, heat: AtomicU32::new(0), at: Tenths::BOOT, value }
+        Self { word, lsn, digest: Digest::UNKNOWN, heat: AtomicU32::new(0), at: Tenths::BOOT, weight: 1, value }
     }
 
     /// The row; `None` if there is none.

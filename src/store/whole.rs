@@ -24,7 +24,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         assert!(queue.runners <= self.limits.runners_max, "{} runners", queue.runners);
         assert!(queue.runners > 0 || running.is_empty(), "nobody loads {running:?}");
         drop(queue);
-        let stats = self.counters.snapshot(0);
+        let stats = self.counters.snapshot();
         let ended = stats.published + stats.voided + stats.uncached + stats.failed;
         assert_eq!(stats.loads, ended + running.values().filter(|running| **running).count() as u64, "{stats:?}");
         assert_eq!(stats.gets, stats.hits + stats.stale + stats.misses, "{stats:?}");
@@ -49,7 +49,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         self.sweep();
         self.assert_whole();
         if let Some(hashed) = &self.hashed {
-            assert_eq!(hashed.len() as u64, self.len(), "in the index, and held");
+            assert_eq!(hashed.len() as u64, self.stats().entries, "in the index, and held");
         }
     }
 }

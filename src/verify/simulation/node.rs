@@ -13,7 +13,7 @@ use crate::{
     host::{Host, Task},
     keeper,
     shared::{Handle, Shared},
-    store::{Limits, Store},
+    store::{Bounds, Limits, Store},
     table::Table,
     tables::{Member, Trust},
     verify::history::{Key, NodeId, Time, Version},
@@ -137,7 +137,7 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
     let shared = Shared::new(setup.config(), server, host);
     let limits = Limits { runners_max: setup.loads_max, batch_max: setup.load_keys_max };
     let hashed = setup.hashed.then(|| Hashed::new(secret()));
-    let store = Arc::new(Store::new(setup.capacity, limits, hashed));
+    let store = Arc::new(Store::new(Bounds::rows::<Key, Item>(setup.capacity), limits, hashed));
     shared.tables.add(TABLE, trust(world), &(Arc::clone(&store) as Arc<dyn Member>));
     let handle = Arc::new(Handle::new(Arc::clone(&shared)));
     let source = Arc::new(SimSource::new(world, id, &shared));

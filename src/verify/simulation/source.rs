@@ -87,7 +87,7 @@ impl SimSource {
             lock(&self.idle).push(server);
         }
         let rows = rows.into_iter().map(|seen| Ok(seen.map(|version| Item::new(version, started, server)))).collect();
-        Ok(Loaded { rows, digests: Vec::new(), stamp })
+        Ok(Loaded { rows, received: Vec::new(), stamp })
     }
 }
 

@@ -55,9 +55,10 @@ pub(super) async fn quiet(subject: &Subject) -> Quiet {
         readers::one(subject, Asked::Barrier, &keys, &mut reads).await;
         let held = keys.iter().filter(|key| table.peek(key).is_known()).count();
         subject.evicted.fetch_add((keys.len() - held) as u64, Relaxed);
-        let (entries, capacity) = (table.stats().entries, subject.setup.kind.capacity());
-        if entries > capacity as u64 {
-            quiet.wrong.push(format!("{} has {entries} entries where {capacity} are the most", place.name));
+        let (stats, capacity) = (table.stats(), subject.setup.kind.capacity());
+        let rows = stats.entries - stats.absent;
+        if rows > capacity as u64 {
+            quiet.wrong.push(format!("{} has {rows} rows where {capacity} are the most", place.name));
         }
     }
     subject.tell(Told::Reads(reads)).await;
