@@ -30,11 +30,29 @@ impl Digest {
 }
 
 /// A moment, in tenths of a second since boot: half as large as a pointer, and good for 13 years.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Tenths(u32);
 
 impl Tenths {
     pub(crate) const BOOT: Self = Self(0);
+    pub(crate) const NEVER: Self = Self(u32::MAX);
+
+    pub(crate) const fn new(tenths: u32) -> Self {
+        Self(tenths)
+    }
+
+    pub(crate) const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// So much later.
+    pub(crate) fn plus(self, time: Duration) -> Self {
+        Self(self.0.saturating_add(u32::try_from(time.as_millis() / 100).unwrap_or(u32::MAX)))
+    }
+
+    pub(crate) fn since(self, before: Self) -> Duration {
+        Duration::from_millis(100 * u64::from(self.0.saturating_sub(before.0)))
+    }
 
     pub(crate) fn at(at: Boot) -> Self {
         Self(u32::try_from(at.as_millis() / 100).unwrap_or(u32::MAX))
@@ -42,7 +60,7 @@ impl Tenths {
 
     /// How long ago it was, to a tenth of a second.
     pub(crate) fn age(self, now: Boot) -> Duration {
-        Duration::from_millis(100 * u64::from(Self::at(now).0.saturating_sub(self.0)))
+        Self::at(now).since(self)
     }
 }
 

@@ -10,7 +10,10 @@
 
 use crossbeam_utils::CachePadded;
 
-use crate::sync::{AtomicU64, Ordering};
+use crate::{
+    digest::Tenths,
+    sync::{AtomicU64, Ordering},
+};
 
 /// What a gate shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -41,6 +44,14 @@ struct Shown {
     word: AtomicU64,
     /// The word under which entries are held that a gap has put out of service; 0, an even one, if there are none.
     stale: AtomicU64,
+    /// Tenths of a second since boot, as of the clock thread's last look. It is no part of the gate, but each hit reads it as well.
+    now: AtomicU64,
+}
+
+impl Shown {
+    fn of(word: u64, stale: u64) -> Self {
+        Self { word: AtomicU64::new(word), stale: AtomicU64::new(stale), now: AtomicU64::new(0) }
+    }
 }
 
 /// What becomes of the entries under the word that a gate showed.
@@ -55,12 +66,23 @@ pub(crate) enum Before {
 impl Gate {
     /// A gate that serves nothing yet.
     pub(crate) fn closed() -> Self {
-        Self(CachePadded::new(Shown { word: AtomicU64::new(0), stale: AtomicU64::new(0) }))
+        Self(CachePadded::new(Shown::of(0, 0)))
     }
 
     #[inline]
     pub(crate) fn word(&self) -> Word {
         Word(self.0.word.load(Ordering::Acquire))
+    }
+
+    /// What time it is, as far as entries are concerned.
+    #[inline]
+    pub(crate) fn now(&self) -> Tenths {
+        #[expect(clippy::cast_possible_truncation, reason = "it was one before")]
+        Tenths::new(self.0.now.load(Ordering::Relaxed) as u32)
+    }
+
+    pub(crate) fn tick(&self, now: Tenths) {
+        self.0.now.store(now.get().into(), Ordering::Relaxed);
     }
 
     /// Whether an entry under `word` was put out of service by a gap, and by nothing else.
@@ -106,7 +128,7 @@ mod states {
         hash::{Hash, Hasher},
     };
 
-    use super::{AtomicU64, CachePadded, Gate, Ordering, Shown};
+    use super::{CachePadded, Gate, Ordering, Shown};
 
     impl Gate {
         fn shows(&self) -> (u64, u64) {
@@ -117,7 +139,7 @@ mod states {
     impl Clone for Gate {
         fn clone(&self) -> Self {
             let (word, stale) = self.shows();
-            Self(CachePadded::new(Shown { word: AtomicU64::new(word), stale: AtomicU64::new(stale) }))
+            Self(CachePadded::new(Shown::of(word, stale)))
         }
     }
 

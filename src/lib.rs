@@ -120,6 +120,7 @@ mod node;
 mod options;
 mod postgres;
 mod refill;
+mod refresh;
 mod relay;
 mod server;
 mod settings;

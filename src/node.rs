@@ -18,7 +18,7 @@ use crate::{
         rows::{Keeps, Rows},
         server::Postgres,
     },
-    refill,
+    refill, refresh,
     server::Server,
     shared::{Handle, Reached, Shared},
     stats::NodeStats,
@@ -128,13 +128,15 @@ impl Node {
             .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
         let weigh = options.weigh()?;
         let keeps = Keeps { digests: options.audit > 0, lengths: matches!(weigh, Weigh::Received) };
+        let mut expiry = options.expiry()?;
+        let due = options.refresh_ahead.map(|share| expiry.refresh_after(share));
         let mut is_new = false;
         let store = self.handle.open::<K, V, _>(&tracked.name, || {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
             let store = Store::<K, V>::new(options.bounds(), limits, tracked.secret.clone().map(Hashed::new));
-            let store = store.weighed(weigh).unknown_max(options.not_found_max);
+            let store = store.weighed(weigh).unknown_max(options.not_found_max).expiring(expiry);
             let store = Arc::new(store);
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             // It may be the first one for which the log is polled between fences.
@@ -158,6 +160,10 @@ impl Node {
             let store = Arc::downgrade(&table.store);
             let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);
             tokio::spawn(refill);
+        }
+        if let Some(due) = due.filter(|_| is_new) {
+            let (store, source) = (Arc::downgrade(&table.store), Arc::clone(&table.source));
+            tokio::spawn(refresh::ahead(due, store, source, Arc::clone(shared)));
         }
         if is_new && options.audit > 0 {
             let (source, shared) = (Arc::clone(&table.source), Arc::clone(shared));

@@ -5,16 +5,40 @@ use std::{
     fmt,
     num::NonZeroU32,
     sync::Arc,
+    time::Duration,
 };
 
 use crate::{
     audit,
     error::{Error, Kind, Result},
     freshness::Fallback,
-    store::{Bounds, Weigh},
+    store::{Bounds, Expiry, Lifetime, Weigh},
 };
 
 /// Options of one table. More will come; start from `Default`.
+///
+/// # How long it is held
+///
+/// Until it changes, which messages tell; and for at most [`ttl`](Self::ttl), an hour, in case something changes that no message tells. Rows
+/// can have a [`lifetime`](Self::lifetime) of their own, such as a session with the time at which it ends; and entries can
+/// expire that nobody has used for some time ([`idle`](Self::idle)). With [`refresh_ahead`](Self::refresh_ahead), what is used is read again before it
+/// expires. Times are kept to a tenth of a second.
+///
+/// ```
+/// use std::time::{Duration, SystemTime};
+///
+/// use rowcache::TableOptions;
+///
+/// struct Session {
+///     ends: SystemTime,
+/// }
+///
+/// let options = TableOptions::default()
+///     .idle(Duration::from_secs(900))
+///     // One that has ended has no time left: it is returned, and not held.
+///     .lifetime(|session: &Session| Some(session.ends.duration_since(SystemTime::now()).unwrap_or_default()));
+/// # let _ = options;
+/// ```
 ///
 /// # How much is held
 ///
@@ -57,6 +81,19 @@ pub struct TableOptions {
     /// held, absent rows included, is served. While it refuses, rows that do exist and are not held are refused, too: nobody
     /// can tell before Postgres has. So set it well above what your service asks for in vain. Default: none.
     pub not_found_max: Option<NonZeroU32>,
+    /// Entries are served for at most this long after their load started, absent ones too; at least a second. It is a safety net, for what
+    /// the promise does not cover: a trigger that somebody switched off and on between two looks, rows that depend on the time or on
+    /// a function. Default 1 hour: 100,000 entries cost some 30 readings by key a second then, in a few statements. `None`: until they change.
+    pub ttl: Option<Duration>,
+    /// Entries expire by up to this share of [`ttl`](Self::ttl) earlier, at random, so that those that were loaded together do not all expire at
+    /// once, on this node and on others. From 0 to 1. Default 0.1.
+    pub jitter: f64,
+    /// Entries expire that have not been used for this long; at least a second. Each hit then looks at the time of the last one. Default: none.
+    pub idle: Option<Duration>,
+    /// After this share of its life, more than 0 and less than 1, an entry that is used is read again in the background, and served
+    /// meanwhile: so nobody waits for what is used all the time. Default: none.
+    pub refresh_ahead: Option<f64>,
+    lifetime: Option<Erased>,
     /// What reads do while the node is not coherent. Of this handle and its clones alone: another handle of the same table
     /// may have another one. Default: they read Postgres.
     pub fallback: Fallback,
@@ -79,6 +116,11 @@ impl Default for TableOptions {
             weigher: None,
             absent_bytes: 4 << 20,
             not_found_max: None,
+            ttl: Some(Duration::from_hours(1)),
+            jitter: 0.1,
+            idle: None,
+            refresh_ahead: None,
+            lifetime: None,
             fallback: Fallback::default(),
             refill: 0,
             audit: 0,
@@ -125,6 +167,44 @@ impl TableOptions {
         self
     }
 
+    /// With entries that expire so long after their load started; `None`: never.
+    #[must_use]
+    pub fn ttl(mut self, ttl: impl Into<Option<Duration>>) -> Self {
+        self.ttl = ttl.into();
+        self
+    }
+
+    /// With entries that expire by up to this share earlier.
+    #[must_use]
+    pub fn jitter(mut self, share: f64) -> Self {
+        self.jitter = share;
+        self
+    }
+
+    /// With entries that expire when nobody has used them for so long.
+    #[must_use]
+    pub fn idle(mut self, idle: Duration) -> Self {
+        self.idle = Some(idle);
+        self
+    }
+
+    /// With entries that are read again after this share of their life, if they are used then.
+    #[must_use]
+    pub fn refresh_ahead(mut self, share: f64) -> Self {
+        self.refresh_ahead = Some(share);
+        self
+    }
+
+    /// With `lifetime` to say for how long a row may be served, counted from when its load started, in place of [`ttl`](Self::ttl) and its jitter;
+    /// `None`: as the others. Zero: it is returned to those who wait for it, and not held. Called once for each row that is
+    /// loaded; it must not take long. If it panics, that load fails.
+    #[must_use]
+    pub fn lifetime<V: 'static>(mut self, lifetime: impl Fn(&V) -> Option<Duration> + Send + Sync + 'static) -> Self {
+        let lifetime: Lifetime<V> = Arc::new(lifetime);
+        self.lifetime = Some(Erased { of: type_name::<V>(), it: Arc::new(lifetime) });
+        self
+    }
+
     /// With this to do while the node is not coherent.
     #[must_use]
     pub fn fallback(mut self, fallback: Fallback) -> Self {
@@ -154,7 +234,31 @@ impl TableOptions {
         if self.weigher.is_some() && self.bytes.is_none() {
             return wrong("a `weigher` weighs rows for `bytes`, which is not set".into());
         }
+        if [self.ttl, self.idle].into_iter().flatten().any(|time| time < SHORTEST) {
+            return wrong(
+                "`ttl` and `idle` must be at least a second: what changes is told by messages, not by them".into(),
+            );
+        }
+        if !(0.0..=1.0).contains(&self.jitter) {
+            return wrong("`jitter` is a share of `ttl`, from 0 to 1".into());
+        }
+        if let Some(share) = self.refresh_ahead {
+            if !(share > 0.0 && share < 1.0) {
+                return wrong("`refresh_ahead` is a share of an entry's life: more than 0, and less than 1".into());
+            }
+            if self.ttl.is_none() && self.lifetime.is_none() {
+                return wrong(
+                    "`refresh_ahead` reads again what is about to expire, and without `ttl` nothing is".into(),
+                );
+            }
+        }
         Ok(())
+    }
+
+    /// How long entries live.
+    pub(crate) fn expiry<K, V: 'static>(&self) -> Result<Expiry<K, V>> {
+        let of = self.lifetime.as_ref().map(|erased| erased.get::<Lifetime<V>, V>("lifetime")).transpose()?;
+        Ok(Expiry { ttl: self.ttl, jitter: self.jitter, idle: self.idle, of: of.cloned(), ..Expiry::default() })
     }
 
     pub(crate) fn bounds(&self) -> Bounds {
@@ -166,28 +270,29 @@ impl TableOptions {
         match (&self.weigher, self.bytes) {
             (_, None) => Ok(Weigh::One),
             (None, Some(_)) => Ok(Weigh::Received),
-            (Some(erased), Some(_)) => match erased.it.downcast_ref::<Heap<V>>() {
-                Some(heap) => Ok(Weigh::With(Arc::clone(heap))),
-                None => Err(Error::new(
-                    Kind::Config,
-                    format!(
-                        "the `weigher` is for values of type {}, and the table has {}",
-                        erased.of,
-                        type_name::<V>()
-                    ),
-                )),
-            },
+            (Some(erased), Some(_)) => Ok(Weigh::With(Arc::clone(erased.get::<Heap<V>, V>("weigher")?))),
         }
     }
 }
 
+const SHORTEST: Duration = Duration::from_secs(1);
+
 type Heap<V> = Arc<dyn Fn(&V) -> usize + Send + Sync>;
 
-/// Something that depends on the type of values, in options that do not: a [`Heap`].
+/// Something that depends on the type of values, in options that do not: a [`Heap`], a [`Lifetime`].
 #[derive(Clone)]
 struct Erased {
     of: &'static str,
     it: Arc<dyn Any + Send + Sync>,
+}
+
+impl Erased {
+    fn get<T: 'static, V>(&self, option: &str) -> Result<&T> {
+        self.it.downcast_ref().ok_or_else(|| {
+            let (theirs, ours) = (self.of, type_name::<V>());
+            Error::new(Kind::Config, format!("the `{option}` is for values of type {theirs}, and the table has {ours}"))
+        })
+    }
 }
 
 impl fmt::Debug for Erased {
@@ -210,5 +315,31 @@ mod tests {
         assert!(TableOptions::default().weigher(|_: &u8| 0).check().is_err());
         assert!(matches!(TableOptions::default().bytes(1).weigh::<u8>(), Ok(Weigh::Received)));
         assert!(matches!(TableOptions::default().weigh::<u8>(), Ok(Weigh::One)));
+        let options = TableOptions::default().lifetime(|_: &String| None);
+        assert!(options.expiry::<i64, String>().is_ok());
+        let error = options.expiry::<i64, u8>().err().expect("refused");
+        assert!(error.is_config() && error.to_string().contains("`lifetime`"), "{error}");
+    }
+
+    #[test]
+    fn times_and_shares_that_make_no_sense_are_refused() {
+        let options = TableOptions::default;
+        let short = Duration::from_millis(999);
+        for (wrong, names) in [
+            (options().ttl(short), "`ttl`"),
+            (options().idle(short), "`idle`"),
+            (options().jitter(1.5), "`jitter`"),
+            (options().jitter(f64::NAN), "`jitter`"),
+            (options().refresh_ahead(0.0), "`refresh_ahead`"),
+            (options().refresh_ahead(1.0), "`refresh_ahead`"),
+            (options().ttl(None).refresh_ahead(0.5), "`ttl`"),
+            (options().audit(1001), "`audit`"),
+        ] {
+            let error = wrong.check().expect_err("refused");
+            assert!(error.is_config() && error.to_string().contains(names), "{error}");
+        }
+        for right in [options(), options().ttl(None), options().refresh_ahead(0.8), options().jitter(0.0)] {
+            right.check().expect("fine");
+        }
     }
 }

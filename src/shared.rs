@@ -27,6 +27,7 @@ use crate::{
     clock,
     coherence::{Action, Coherence, Incarnation, Reason},
     config::{Config, TICK},
+    digest::Tenths,
     error::{Error, Kind, Result},
     horizon::Horizon,
     host::Host,
@@ -526,6 +527,7 @@ impl Shared {
     pub(crate) fn tick(&self) {
         let now = self.host.now();
         self.step(|coherence| coherence.tick(now));
+        self.reclaim(self.tables.tick(Tenths::at(now)));
     }
 
     fn stop(&self) {

@@ -57,6 +57,11 @@ pub struct Stats {
     pub clears: u64,
     /// Rows that were read again after a gap because they had been used before it. Their loads are not gets.
     pub refilled: u64,
+    /// Entries that expired: that were found to be too old when they were asked for, or by a look through all of them.
+    pub expired: u64,
+    /// Entries that were read again before they expired ([`TableOptions::refresh_ahead`](crate::TableOptions::refresh_ahead)). Their loads
+    /// are not gets.
+    pub refreshed: u64,
     /// Entries that were evicted for lack of space, before anything else ended them.
     pub evicted: u64,
     /// Of those: entries larger than any that can be held ([`TableOptions::bytes`](crate::TableOptions::bytes)), evicted when they came.
@@ -146,6 +151,8 @@ pub(crate) struct Counters {
     pub(crate) invalidations: Counter,
     pub(crate) clears: Counter,
     pub(crate) refilled: Counter,
+    pub(crate) expired: Counter,
+    pub(crate) refreshed: Counter,
     pub(crate) evicted: Counter,
     pub(crate) oversized: Counter,
     pub(crate) audits: AuditCounters,
@@ -196,6 +203,8 @@ impl Counters {
             invalidations: self.invalidations.get(),
             clears: self.clears.get(),
             refilled: self.refilled.get(),
+            expired: self.expired.get(),
+            refreshed: self.refreshed.get(),
             evicted: self.evicted.get(),
             oversized: self.oversized.get(),
             audits: self.audits.snapshot(),

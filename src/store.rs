@@ -93,6 +93,9 @@ pub(crate) struct Store<K, V> {
     sample: Sample<K, V>,
     weigh: Weigh<V>,
     unknown: Unknown,
+    expiry: Expiry<K, V>,
+    /// When somebody should look for what has expired.
+    next_look: std::sync::atomic::AtomicU32,
 }
 
 type Stripe<K, V> = CachePadded<Mutex<HashMap<K, Flight<Waiter<V>>, DefaultHashBuilder>>>;
@@ -137,6 +140,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             reclaims: AtomicU64::new(0),
             sample: Sample::default(),
             unknown: Unknown::default(),
+            expiry: Expiry::default(),
+            next_look: std::sync::atomic::AtomicU32::new(0),
             weigh: Weigh::One,
         }
     }
@@ -169,6 +174,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             discard(entry);
             return None;
         }
+        let entry = if entry.life.due > self.gate.now() { entry } else { self.overdue(key, entry)? };
         if self.counters.hit() {
             entry.heat.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             if audited && self.sample.is_open() {
@@ -180,13 +186,15 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// As [`lookup`](Self::lookup), but does not count: for callers who count by themselves.
     pub(crate) fn peek_used(&self, key: &K) -> Option<Arc<Entry<V>>> {
-        self.entries.get(key).filter(|entry| entry.word == self.gate.word())
+        let entry = self.entries.get(key).filter(|entry| entry.word == self.gate.word())?;
+        if entry.life.due > self.gate.now() { Some(entry) } else { self.overdue(key, entry) }
     }
 
     /// The entry of `key` if it may be served, or if a gap put it out of service. Counted as a hit in the first case, and as
     /// a stale one in the second.
     pub(crate) fn lookup_stale(&self, key: &K) -> Option<Arc<Entry<V>>> {
         let entry = self.entries.get(key)?;
+        let entry = if entry.life.due > self.gate.now() { entry } else { self.overdue(key, entry)? };
         if entry.word == self.gate.word() {
             self.counters.hit();
         } else if self.gate.is_stale(entry.word) {
@@ -209,7 +217,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.
     pub(crate) fn peek(&self, key: &K) -> Option<Arc<Entry<V>>> {
-        self.entries.peek(key).filter(|entry| entry.word == self.gate.word())
+        self.entries.peek(key).filter(|entry| entry.word == self.gate.word() && !self.has_expired(entry))
     }
 
     /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
@@ -239,6 +247,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     fn ask_uncounted(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> (Asked<V>, Option<bool>) {
         let (caller, answer) = oneshot::channel();
         let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
+        // Dropped after the lock.
+        let _expired;
         let mut flights = self.flights(key);
         let joined = if let Some(flight) = flights.get_mut(key) {
             flight.ask(caller, self.gate.word(), join)
@@ -248,6 +258,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             if let Some(entry) = self.peek_used(key) {
                 return (Asked::Hit(entry), None);
             }
+            _expired = self.remove_expired(key);
             if let Some((hashed, hash)) = hash {
                 // Before the flight: a load that starts without would be overtaken unseen.
                 hashed.note(hash, key);
@@ -331,14 +342,22 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             self.found_nothing(1, origin.ended);
         }
         // The user's code may be asked, so under no lock.
-        let weight = result.as_ref().map_or(0, |value| self.weight(key, value.as_ref(), received));
+        let made = result.map(|value| {
+            let weight = self.weight(key, value.as_ref(), received);
+            (weight, self.life(key, value.as_ref(), origin.at), value)
+        });
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
         let word = self.gate.word();
         let mut removed = Removed::default();
-        let outcome = result.map(|value| {
-            let entry =
-                Entry { digest: received.digest, at: origin.at, weight, ..Entry::new(word, origin.stamp.lsn, value) };
+        let outcome = made.map(|(weight, life, value)| {
+            let entry = Entry {
+                digest: received.digest,
+                at: origin.at,
+                weight,
+                life,
+                ..Entry::new(word, origin.stamp.lsn, value)
+            };
             let entry = Arc::new(entry);
             let verdict = flight.verdict(word);
             if verdict == Verdict::Publish && origin.ours {
@@ -418,6 +437,10 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         self.gate.resume()
     }
 
+    fn tick(&self, now: Tenths) -> bool {
+        self.look_at_clock(now)
+    }
+
     fn wants_reclaim(&self) -> bool {
         self.reclaims.fetch_add(1, Ordering::AcqRel) == 0
     }
@@ -446,6 +469,14 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// The life of an entry of this key.
+    fn life(&self, key: &K, value: Option<&V>, from: Tenths) -> Life {
+        // Any number will do that others do not have.
+        #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
+        let draw = f64::from(self.hasher.hash_one((key, from.get())) as u32) / f64::from(u32::MAX);
+        self.expiry.life(value, from, draw)
+    }
+
     /// What an entry weighs, in the unit of the bound that it counts against.
     fn weight(&self, key: &K, value: Option<&V>, received: Received) -> u32 {
         let heap = match (value, &self.weigh) {
@@ -461,10 +492,15 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     fn remove_dead(&self) {
         // Not `clear`: what has been loaded since is alive. `remove_if` reclaims here, it does not invalidate: the gate
         // has done that. Key by key, so that no reader waits for long, and values are dropped under no lock.
-        let is_dead = |entry: &Arc<Entry<V>>| entry.word != self.gate.word() && !self.gate.is_stale(entry.word);
+        let is_dead = |entry: &Arc<Entry<V>>| {
+            (entry.word != self.gate.word() && !self.gate.is_stale(entry.word)) || self.has_expired(entry)
+        };
         let dead: Vec<K> = self.entries.iter().filter(|(_, entry)| is_dead(entry)).map(|(key, _)| key).collect();
         for key in dead {
-            self.entries.remove_if(&key, is_dead);
+            let removed = self.entries.remove_if(&key, is_dead);
+            if removed.is_some_and(|entry| entry.word == self.gate.word()) {
+                self.counters.expired.add(1);
+            }
         }
         self.sweep();
     }
@@ -578,6 +614,7 @@ pub(crate) enum Weigh<V> {
 }
 
 mod entry;
+mod expiry;
 mod held;
 mod sample;
 mod sweep;
@@ -587,6 +624,8 @@ mod whole;
 
 pub use entry::Cached;
 pub(crate) use entry::Entry;
+use expiry::Life;
+pub(crate) use expiry::{Due, Expiry, Lifetime};
 pub(crate) use held::Bounds;
 use held::{Held, Removed};
 use sample::Sample;

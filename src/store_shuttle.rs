@@ -17,7 +17,7 @@
 //! Run: `RUSTFLAGS="--cfg shuttle" cargo test --lib --profile explore shuttle`. `SHUTTLE_ITERATIONS` sets the number of schedules; a
 //! failure prints its schedule, and `SHUTTLE_SCHEDULE=` with that text, and the name of the test, plays it again.
 
-use std::collections::VecDeque as Deque;
+use std::{collections::VecDeque as Deque, time::Duration};
 
 use shuttle::{future::block_on, rand::Rng, thread};
 
@@ -64,6 +64,8 @@ struct Plan {
     moods: bool,
     /// Messages carry hashes, and the index of hashes is swept.
     hashed: bool,
+    /// What is held is read again, and expires, and is looked for.
+    ages: bool,
     /// Loads fail, runners die and callers are cancelled, now and then.
     accidents: bool,
 }
@@ -79,11 +81,10 @@ enum Mood {
 impl World {
     fn new(plan: Plan) -> Arc<Self> {
         let hashed = plan.hashed.then(|| Hashed::new(Secret::new(b"secret")));
-        let store = Arc::new(Store::new(
-            Bounds::rows::<i64, u64>(plan.capacity),
-            Limits { runners_max: 2, batch_max: 2 },
-            hashed,
-        ));
+        let limits = Limits { runners_max: 2, batch_max: 2 };
+        let store = Store::new(Bounds::rows::<i64, u64>(plan.capacity), limits, hashed);
+        let ttl = plan.ages.then_some(Duration::from_secs(1));
+        let store = Arc::new(store.expiring(Expiry { ttl, ..Expiry::default() }));
         let world = Self {
             store: Arc::clone(&store),
             tables: Tables::default(),
@@ -238,6 +239,20 @@ fn scenario(plan: Plan) {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || world.gap()));
     }
+    if plan.ages {
+        let world = Arc::clone(&world);
+        threads.push(thread::spawn(move || {
+            let mut wanted = Vec::new();
+            let _answers = [0, 1].map(|key| world.store.reload(&key, &mut wanted));
+            for runner in world.store.enqueue(wanted) {
+                world.run(runner, plan.accidents);
+            }
+            // All loads began at boot.
+            Member::tick(&*world.store, Tenths::new(10));
+            world.store.reclaim();
+            Member::tick(&*world.store, Tenths::BOOT);
+        }));
+    }
     if plan.hashed {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || {
@@ -259,7 +274,7 @@ fn scenario(plan: Plan) {
         world.get(key, Mood::Coherent, false);
     }
     world.assert_at_rest();
-    if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.accidents {
+    if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.ages && !plan.accidents {
         // Each key: one load for the first reader, and one after each of its changes.
         let loads = world.store.counters.snapshot().loads;
         assert!(loads <= 2 + 3, "{loads} loads of two keys that changed three times");
@@ -283,11 +298,22 @@ fn iterations() -> usize {
     std::env::var("SHUTTLE_ITERATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000)
 }
 
-const CALM: Plan = Plan { capacity: 8, clears: false, gaps: false, moods: false, hashed: false, accidents: false };
+const CALM: Plan =
+    Plan { capacity: 8, clears: false, gaps: false, moods: false, hashed: false, ages: false, accidents: false };
 
 #[test]
 fn shuttle_reads_against_changes() {
     check(CALM);
+}
+
+#[test]
+fn shuttle_reads_against_age() {
+    check(Plan { ages: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_age_and_gaps_and_accidents() {
+    check(Plan { ages: true, hashed: true, gaps: true, accidents: true, ..CALM });
 }
 
 #[test]

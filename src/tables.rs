@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     change::{Change, RowKey, Rows},
     coherence::Boot,
+    digest::Tenths,
     gate::{Before, Word, Words},
     hashed::KeyHash,
     sync::{Arc, Mutex, lock},
@@ -23,6 +24,9 @@ pub(crate) trait Member: Send + Sync {
 
     /// Puts what a gap has put out of service back into it. `false`: there is nothing of that kind.
     fn resume(&self) -> bool;
+
+    /// Tells the time. Returns whether [`reclaim`](Self::reclaim) would find what has expired.
+    fn tick(&self, now: Tenths) -> bool;
 
     /// Whether somebody must call [`reclaim`](Self::reclaim): `false` while a call is under way, which then looks once more.
     fn wants_reclaim(&self) -> bool;
@@ -59,6 +63,8 @@ struct Inner {
     words: Words,
     /// The node may serve entries.
     coherent: bool,
+    /// What time the caches were told.
+    ticked: Tenths,
     /// In an order that is the same in each run.
     by_name: BTreeMap<String, Table>,
 }
@@ -152,6 +158,17 @@ impl Tables {
                 }
             }
         }
+    }
+
+    /// Tells every cache the time. Returns those in which somebody should look for what has expired.
+    pub(crate) fn tick(&self, now: Tenths) -> Vec<Arc<dyn Member>> {
+        let mut inner = lock(&self.0);
+        if inner.ticked == now {
+            return Vec::new();
+        }
+        inner.ticked = now;
+        let members = inner.by_name.values().flat_map(|table| &table.members);
+        members.filter(|member| member.tick(now)).cloned().collect()
     }
 
     /// Whether this carries the messages of this table, or of any that is open.

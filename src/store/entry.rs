@@ -2,6 +2,7 @@
 
 use std::{ops::Deref, sync::atomic::AtomicU32, time::Duration};
 
+use super::expiry::Life;
 use crate::{
     coherence::Boot,
     digest::{Digest, Tenths},
@@ -28,13 +29,23 @@ pub(crate) struct Entry<V> {
     pub(super) at: Tenths,
     /// In the unit of the bound that it counts against. It does not change.
     pub(super) weight: u32,
+    pub(super) life: Life,
     /// `None`: there is no such row.
     pub(super) value: Option<V>,
 }
 
 impl<V> Entry<V> {
     pub(super) fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
-        Self { word, lsn, digest: Digest::UNKNOWN, heat: AtomicU32::new(0), at: Tenths::BOOT, weight: 1, value }
+        Self {
+            word,
+            lsn,
+            digest: Digest::UNKNOWN,
+            heat: AtomicU32::new(0),
+            at: Tenths::BOOT,
+            weight: 1,
+            life: Life::unlimited(),
+            value,
+        }
     }
 
     /// The row; `None` if there is none.

@@ -93,10 +93,10 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
     }
 
     /// Reclaims the entry of `key` if it is of that kind.
-    pub(super) fn remove_if(&self, key: &K, is_dead: impl Fn(&Arc<Entry<V>>) -> bool) {
-        for shelf in [&self.rows, &self.absent] {
-            drop(shelf.remove_if(key, &is_dead));
-        }
+    pub(super) fn remove_if(&self, key: &K, is_dead: impl Fn(&Arc<Entry<V>>) -> bool) -> Option<Arc<Entry<V>>> {
+        let [row, absent] =
+            [&self.rows, &self.absent].map(|shelf| shelf.remove_if(key, &is_dead).map(|(_, entry)| entry));
+        row.or(absent)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (K, Arc<Entry<V>>)> + '_ {

@@ -205,7 +205,7 @@ impl Board {
             .enumerate()
             .map(|(node, (stats, status))| {
                 let looks = &mut seen.looks[node];
-                let ratio = ratio(looks.front().copied().unwrap_or_default(), stats);
+                let ratio = ratio(&looks.front().copied().unwrap_or_default(), &stats);
                 if look {
                     looks.push_back(stats);
                     if looks.len() > RATIO_OVER {
@@ -258,7 +258,7 @@ impl Board {
 }
 
 /// The share of hits between two looks.
-fn ratio(before: Stats, now: Stats) -> Option<f64> {
+fn ratio(before: &Stats, now: &Stats) -> Option<f64> {
     let (hits, gets) = (now.hits - before.hits, now.gets - before.gets);
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
     (gets > 0).then(|| hits as f64 / gets as f64)

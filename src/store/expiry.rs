@@ -1,0 +1,180 @@
+//! How long entries may live, whatever no message says.
+//!
+//! A hit compares two numbers: the time, which the clock thread writes beside the gate's word every tenth of a second, and when
+//! the entry is *due*. Only then does anything else happen: it has expired; or its time without use begins anew; or it
+//! is to be read again while it is still served. All of that can only take entries away, or load them as everybody does, so that
+//! nothing here touches the promise.
+
+use std::{
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::Duration,
+};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Entry, Flight, Key, Outcome, Store, discard};
+use crate::{digest::Tenths, sync::Arc};
+
+/// How long the entries of one table live.
+pub(crate) struct Expiry<K, V> {
+    /// Since the load started.
+    pub(crate) ttl: Option<Duration>,
+    /// By up to this share of `ttl` less, so that what was loaded together does not expire together.
+    pub(crate) jitter: f64,
+    /// Since the last use.
+    pub(crate) idle: Option<Duration>,
+    /// In place of `ttl`, for rows of which this knows better.
+    pub(crate) of: Option<Lifetime<V>>,
+    /// After this share of its life an entry that is used is loaded again, by whoever receives its key.
+    pub(crate) ahead: Option<(f64, mpsc::UnboundedSender<K>)>,
+}
+
+/// Keys whose entries are to be loaded again.
+pub(crate) type Due<K> = mpsc::UnboundedReceiver<K>;
+
+pub(crate) type Lifetime<V> = std::sync::Arc<dyn Fn(&V) -> Option<Duration> + Send + Sync>;
+
+impl<K, V> Default for Expiry<K, V> {
+    fn default() -> Self {
+        Self { ttl: None, jitter: 0.0, idle: None, of: None, ahead: None }
+    }
+}
+
+impl<K, V> Expiry<K, V> {
+    /// From now on entries that are used are loaded again after this share of their life, by whoever receives their keys.
+    pub(crate) fn refresh_after(&mut self, share: f64) -> Due<K> {
+        let (sender, due) = mpsc::unbounded_channel();
+        self.ahead = Some((share, sender));
+        due
+    }
+
+    /// The life of an entry whose load started then. `draw` is a number from 0 up to 1.
+    pub(super) fn life(&self, value: Option<&V>, from: Tenths, draw: f64) -> Life {
+        let given = value.zip(self.of.as_ref()).and_then(|(value, of)| of(value));
+        let ttl = given.or_else(|| self.ttl.map(|ttl| ttl.mul_f64(1.0 - self.jitter * draw)));
+        let until = match ttl {
+            None => Tenths::NEVER,
+            // Whatever the time.
+            Some(Duration::ZERO) => Tenths::BOOT,
+            Some(ttl) => from.plus(ttl),
+        };
+        let early = self.ahead.as_ref().zip(ttl).map(|((share, _), ttl)| from.plus(ttl.mul_f64(*share)));
+        let early = early.unwrap_or(Tenths::NEVER);
+        // With `idle`, each hit is looked at.
+        let due = if self.idle.is_some() { Tenths::BOOT } else { until.min(early) };
+        Life { due, until, early: AtomicU32::new(early.get()), used: AtomicU32::new(from.get()) }
+    }
+
+    /// How often it is worth while to look for what has expired. `None`: never.
+    fn pause(&self) -> Option<Duration> {
+        let lives = [self.ttl, self.idle, self.of.is_some().then_some(LOOK_MAX)];
+        let shortest = lives.into_iter().flatten().min()?;
+        Some((shortest / 10).clamp(Duration::from_secs(1), LOOK_MAX))
+    }
+}
+
+const LOOK_MAX: Duration = Duration::from_secs(30);
+
+/// When what happens to an entry.
+pub(super) struct Life {
+    /// The first moment at which a hit has to look at the rest.
+    pub(super) due: Tenths,
+    until: Tenths,
+    /// When it is read again, if it is used.
+    early: AtomicU32,
+    used: AtomicU32,
+}
+
+impl Life {
+    /// As long as there is space.
+    pub(super) fn unlimited() -> Self {
+        Self {
+            due: Tenths::NEVER,
+            until: Tenths::NEVER,
+            early: AtomicU32::new(Tenths::NEVER.get()),
+            used: AtomicU32::new(0),
+        }
+    }
+}
+
+impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// The store of a table whose entries live so long.
+    pub(crate) fn expiring(mut self, expiry: Expiry<K, V>) -> Self {
+        self.expiry = expiry;
+        self
+    }
+
+    pub(super) fn has_expired(&self, entry: &Entry<V>) -> bool {
+        let now = self.gate.now();
+        if entry.life.due > now {
+            return false;
+        }
+        let unused = || now.since(Tenths::new(entry.life.used.load(Relaxed)));
+        entry.life.until <= now || self.expiry.idle.is_some_and(|idle| unused() >= idle)
+    }
+
+    /// Takes the entry of `key` away if it would be served but for its age. Under the key's stripe lock; to be dropped after it.
+    pub(super) fn remove_expired(&self, key: &K) -> Option<Arc<Entry<V>>> {
+        let is_expired = |entry: &Arc<Entry<V>>| entry.word == self.gate.word() && self.has_expired(entry);
+        let removed = self.entries.remove_if(key, is_expired)?;
+        self.counters.expired.add(1);
+        Some(removed)
+    }
+
+    /// A hit of an entry that is due: the entry, if it may still be served.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn overdue(&self, key: &K, entry: Arc<Entry<V>>) -> Option<Arc<Entry<V>>> {
+        if self.has_expired(&entry) {
+            discard(entry);
+            return None;
+        }
+        let (life, now) = (&entry.life, self.gate.now());
+        // Later than the load started, which the clock thread may not have seen yet.
+        if life.used.load(Relaxed) < now.get() {
+            life.used.store(now.get(), Relaxed);
+        }
+        let early = life.early.load(Relaxed);
+        // While there is a gap, a load would be kept by nobody, and take away what is held.
+        let ahead = self.expiry.ahead.as_ref().filter(|_| early <= now.get() && entry.word == self.gate.word());
+        if let Some((_, reload)) = ahead {
+            // Should that load fail, another one is tried after half of the time that is left.
+            let again = now.get() + (life.until.get().saturating_sub(now.get()) / 2).max(1);
+            if life.early.compare_exchange(early, again, Relaxed, Relaxed).is_ok() {
+                // Nobody receives it once the node has stopped.
+                let _ = reload.send(key.clone());
+            }
+        }
+        Some(entry)
+    }
+
+    /// Asks for another load of a key that is held. `None`: one is under way, and does as well. The key is added to `wanted`, as by
+    /// [`ask`](Self::ask).
+    pub(crate) fn reload(&self, key: &K, wanted: &mut Vec<K>) -> Option<oneshot::Receiver<Outcome<V>>> {
+        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
+        let mut flights = self.flights(key);
+        if flights.contains_key(key) {
+            return None;
+        }
+        let (caller, answer) = oneshot::channel();
+        if let Some((hashed, hash)) = hash {
+            hashed.note(hash, key);
+        }
+        flights.insert(key.clone(), Flight::new(caller));
+        wanted.push(key.clone());
+        Some(answer)
+    }
+
+    /// It is so late now. Returns whether somebody should look for what has expired.
+    pub(super) fn look_at_clock(&self, now: Tenths) -> bool {
+        self.gate.tick(now);
+        let Some(pause) = self.expiry.pause() else { return false };
+        let next = self.next_look.load(Relaxed);
+        // Only the clock thread comes here.
+        let is_due = next <= now.get();
+        if is_due {
+            self.next_look.store(now.plus(pause).get(), Relaxed);
+        }
+        is_due
+    }
+}
