@@ -146,7 +146,7 @@ pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
-pub use options::TableOptions;
+pub use options::{OnChange, TableOptions};
 pub use postgres::{install, migrate};
 pub use stats::{Audits, NodeStats, Stats};
 pub use status::{Event, Events, Status};

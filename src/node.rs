@@ -12,7 +12,7 @@ use crate::{
     host::Process,
     keeper,
     key::Key,
-    options::TableOptions,
+    options::{OnChange, TableOptions},
     postgres::{
         catalog,
         rows::{Keeps, Rows},
@@ -23,7 +23,7 @@ use crate::{
     shared::{Handle, Reached, Shared},
     stats::NodeStats,
     status::{Events, Status},
-    store::{Limits, Store, Weigh},
+    store::{Limits, Reload, Store, Weigh},
     table::{FromRow, Table},
     tables::Member,
     throttle::Throttle,
@@ -128,15 +128,15 @@ impl Node {
             .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
         let weigh = options.weigh()?;
         let keeps = Keeps { digests: options.audit > 0, lengths: matches!(weigh, Weigh::Received) };
-        let mut expiry = options.expiry()?;
-        let due = options.refresh_ahead.map(|share| expiry.refresh_after(share));
+        let expiry = options.expiry()?;
+        let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
         let mut is_new = false;
         let store = self.handle.open::<K, V, _>(&tracked.name, || {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
             let store = Store::<K, V>::new(options.bounds(), limits, tracked.secret.clone().map(Hashed::new));
-            let store = store.weighed(weigh).unknown_max(options.not_found_max).expiring(expiry);
+            let store = store.weighed(weigh).unknown_max(options.not_found_max).expiring(expiry).reloading(reload);
             let store = Arc::new(store);
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             // It may be the first one for which the log is polled between fences.
@@ -163,7 +163,7 @@ impl Node {
         }
         if let Some(due) = due.filter(|_| is_new) {
             let (store, source) = (Arc::downgrade(&table.store), Arc::clone(&table.source));
-            tokio::spawn(refresh::ahead(due, store, source, Arc::clone(shared)));
+            tokio::spawn(refresh::run(due, store, source, Arc::clone(shared)));
         }
         if is_new && options.audit > 0 {
             let (source, shared) = (Arc::clone(&table.source), Arc::clone(shared));

@@ -94,6 +94,8 @@ pub struct TableOptions {
     /// meanwhile: so nobody waits for what is used all the time. Default: none.
     pub refresh_ahead: Option<f64>,
     lifetime: Option<Erased>,
+    /// What becomes of a row that has changed. Default: it is forgotten.
+    pub on_change: OnChange,
     /// What reads do while the node is not coherent. Of this handle and its clones alone: another handle of the same table
     /// may have another one. Default: they read Postgres.
     pub fallback: Fallback,
@@ -106,6 +108,19 @@ pub struct TableOptions {
     /// key, in one statement per [`beat`](crate::Config::beat) and [`load_keys_max`](crate::Config::load_keys_max) keys, and
     /// a load a hash of the row. Default 0: none.
     pub audit: u32,
+}
+
+/// What becomes of a row that has changed, beside that it is forgotten at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnChange {
+    /// The next one who asks for it loads it.
+    #[default]
+    Evict,
+    /// If it was held, and had been used since it was loaded, it is read again in the background, so that probably nobody has to wait for it: some
+    /// 10 ms later, together with whatever else has changed by then, one batch at a time. So a row that changes all the
+    /// time is read by this at most 100 times a second, and one that nobody uses is not read. Each hit then looks at when the entry was last used.
+    Refresh,
 }
 
 impl Default for TableOptions {
@@ -121,6 +136,7 @@ impl Default for TableOptions {
             idle: None,
             refresh_ahead: None,
             lifetime: None,
+            on_change: OnChange::default(),
             fallback: Fallback::default(),
             refill: 0,
             audit: 0,
@@ -205,6 +221,13 @@ impl TableOptions {
         self
     }
 
+    /// With this to do when a row has changed.
+    #[must_use]
+    pub fn on_change(mut self, on_change: OnChange) -> Self {
+        self.on_change = on_change;
+        self
+    }
+
     /// With this to do while the node is not coherent.
     #[must_use]
     pub fn fallback(mut self, fallback: Fallback) -> Self {
@@ -256,9 +279,9 @@ impl TableOptions {
     }
 
     /// How long entries live.
-    pub(crate) fn expiry<K, V: 'static>(&self) -> Result<Expiry<K, V>> {
+    pub(crate) fn expiry<V: 'static>(&self) -> Result<Expiry<V>> {
         let of = self.lifetime.as_ref().map(|erased| erased.get::<Lifetime<V>, V>("lifetime")).transpose()?;
-        Ok(Expiry { ttl: self.ttl, jitter: self.jitter, idle: self.idle, of: of.cloned(), ..Expiry::default() })
+        Ok(Expiry { ttl: self.ttl, jitter: self.jitter, idle: self.idle, of: of.cloned() })
     }
 
     pub(crate) fn bounds(&self) -> Bounds {
@@ -316,8 +339,8 @@ mod tests {
         assert!(matches!(TableOptions::default().bytes(1).weigh::<u8>(), Ok(Weigh::Received)));
         assert!(matches!(TableOptions::default().weigh::<u8>(), Ok(Weigh::One)));
         let options = TableOptions::default().lifetime(|_: &String| None);
-        assert!(options.expiry::<i64, String>().is_ok());
-        let error = options.expiry::<i64, u8>().err().expect("refused");
+        assert!(options.expiry::<String>().is_ok());
+        let error = options.expiry::<u8>().err().expect("refused");
         assert!(error.is_config() && error.to_string().contains("`lifetime`"), "{error}");
     }
 

@@ -1,9 +1,15 @@
-//! Reads again what is used and about to expire, while it is served.
+//! Loads again what is used and about to expire, and what was used and has changed.
 //!
-//! The way in is the one of every load, so that whatever changes meanwhile voids it. One batch at a time: however much is due, a
-//! table has no more of these loads under way than callers may ask for in one statement.
+//! The way in is the one of every load, so that whatever changes meanwhile voids it. One batch at a time, and a pause before each:
+//! however often a row changes, it is read at most once in that time, and a load starts when the changes of one
+//! transaction have probably all been applied. What cannot be read is left to whoever asks for it.
 
-use std::sync::{Arc, Weak};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{
     key::Key,
@@ -13,28 +19,32 @@ use crate::{
     store::{Due, Store},
 };
 
+/// Between two batches.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Loads the keys that it receives, until the node stops or the cache is gone.
-pub(crate) async fn ahead<K: Key, V: Send + Sync + 'static>(
-    mut keys: Due<K>,
+pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
+    mut due: UnboundedReceiver<Due<K>>,
     store: Weak<Store<K, V>>,
     source: Arc<dyn Source<K, V>>,
     shared: Arc<Shared>,
 ) {
     let mut stopping = shared.stopping();
-    loop {
-        let mut batch = Vec::new();
-        tokio::select! {
-            biased;
-            _ = stopping.wait_for(|stopping| *stopping) => return,
-            received = keys.recv_many(&mut batch, shared.config.load_keys_max) => {
-                if received == 0 {
-                    return;
-                }
-            }
+    while let Some(first) = tokio::select! {
+        biased;
+        _ = stopping.wait_for(|stopping| *stopping) => None,
+        first = due.recv() => first,
+    } {
+        tokio::time::sleep(PAUSE).await;
+        let mut batch = vec![first];
+        while batch.len() < shared.config.load_keys_max
+            && let Ok(next) = due.try_recv()
+        {
+            batch.push(next);
         }
         let Some(store) = store.upgrade() else { return };
         let mut wanted = Vec::with_capacity(batch.len());
-        let answers: Vec<_> = batch.iter().filter_map(|key| store.reload(key, &mut wanted)).collect();
+        let answers: Vec<_> = batch.iter().filter_map(|due| store.reload(due, &mut wanted)).collect();
         for runner in store.enqueue(wanted) {
             shared.host.spawn(Box::pin(load::run(runner, Arc::clone(&source), Arc::clone(&shared))));
         }

@@ -93,7 +93,8 @@ pub(crate) struct Store<K, V> {
     sample: Sample<K, V>,
     weigh: Weigh<V>,
     unknown: Unknown,
-    expiry: Expiry<K, V>,
+    expiry: Expiry<V>,
+    reload: Option<Reload<K>>,
     /// When somebody should look for what has expired.
     next_look: std::sync::atomic::AtomicU32,
 }
@@ -141,6 +142,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             sample: Sample::default(),
             unknown: Unknown::default(),
             expiry: Expiry::default(),
+            reload: None,
             next_look: std::sync::atomic::AtomicU32::new(0),
             weigh: Weigh::One,
         }
@@ -306,6 +308,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
         let removed = self.entries.remove(key);
         drop(flights);
+        self.note_change(key, &removed);
         drop(removed);
         self.counters.invalidations.add(1);
     }
@@ -474,7 +477,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         // Any number will do that others do not have.
         #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
         let draw = f64::from(self.hasher.hash_one((key, from.get())) as u32) / f64::from(u32::MAX);
-        self.expiry.life(value, from, draw)
+        self.expiry.life(self.reload.as_ref(), value, from, draw)
     }
 
     /// What an entry weighs, in the unit of the bound that it counts against.
@@ -616,6 +619,7 @@ pub(crate) enum Weigh<V> {
 mod entry;
 mod expiry;
 mod held;
+mod reload;
 mod sample;
 mod sweep;
 mod unknown;
@@ -625,9 +629,10 @@ mod whole;
 pub use entry::Cached;
 pub(crate) use entry::Entry;
 use expiry::Life;
-pub(crate) use expiry::{Due, Expiry, Lifetime};
+pub(crate) use expiry::{Expiry, Lifetime};
 pub(crate) use held::Bounds;
 use held::{Held, Removed};
+pub(crate) use reload::{Due, Reload};
 use sample::Sample;
 pub(crate) use sample::Served;
 use unknown::Unknown;

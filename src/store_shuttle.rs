@@ -243,7 +243,7 @@ fn scenario(plan: Plan) {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || {
             let mut wanted = Vec::new();
-            let _answers = [0, 1].map(|key| world.store.reload(&key, &mut wanted));
+            let _answers = [0, 1].map(|key| world.store.reload(&Due::Early(key), &mut wanted));
             for runner in world.store.enqueue(wanted) {
                 world.run(runner, plan.accidents);
             }

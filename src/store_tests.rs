@@ -287,9 +287,13 @@ fn an_entry_that_is_replaced_is_not_evicted() {
 }
 
 /// As [`fixture`], with entries that live so long. It is a minute after boot, and [`hold`](Fixture::hold) has just begun then.
-fn expiring(expiry: Expiry<i64, &'static str>) -> Fixture {
+fn expiring(expiry: Expiry<&'static str>) -> Fixture {
+    aging(expiry, None)
+}
+
+fn aging(expiry: Expiry<&'static str>, reload: Option<Reload<i64>>) -> Fixture {
     let store = Store::new(Bounds::rows::<i64, &str>(5000), Limits { runners_max: 1, batch_max: 10_000 }, None);
-    let mut fixture = Fixture { store: Arc::new(store.expiring(expiry)), words: Words::default() };
+    let mut fixture = Fixture { store: Arc::new(store.expiring(expiry).reloading(reload)), words: Words::default() };
     fixture.turn(true);
     fixture.after(0);
     fixture
@@ -411,9 +415,8 @@ fn what_has_expired_is_looked_for() {
 
 #[test]
 fn what_is_used_is_read_again_before_it_expires() {
-    let mut expiry = Expiry { ttl: Some(Duration::from_secs(10)), ..Expiry::default() };
-    let mut due = expiry.refresh_after(0.8);
-    let mut fixture = expiring(expiry);
+    let (reload, mut due) = Reload::new(Some(0.8), false).expect("wanted");
+    let mut fixture = aging(Expiry { ttl: Some(Duration::from_secs(10)), ..Expiry::default() }, Some(reload));
     fixture.hold_from_start(&[(1, Some("old")), (2, Some("unused"))]);
     fixture.after(79);
     fixture.store.lookup(&1);
@@ -422,12 +425,12 @@ fn what_is_used_is_read_again_before_it_expires() {
     for _ in 0..3 {
         assert_eq!(fixture.store.lookup(&1).expect("served").value, Some("old"));
     }
-    assert_eq!((due.try_recv(), due.try_recv().is_err()), (Ok(1), true), "once");
+    assert_eq!((due.try_recv(), due.try_recv().is_err()), (Ok(Due::Early(1)), true), "once");
     // That load fails, and the next one is due after half of the time.
     let reload = |key| {
         let mut wanted = Vec::new();
-        let answer = fixture.store.reload(&key, &mut wanted).expect("nobody loads it");
-        assert!(fixture.store.reload(&key, &mut wanted).is_none(), "one at a time");
+        let answer = fixture.store.reload(&Due::Early(key), &mut wanted).expect("nobody loads it");
+        assert!(fixture.store.reload(&Due::Early(key), &mut wanted).is_none(), "one at a time");
         let mut runners = fixture.store.enqueue(wanted);
         runners[0].take();
         (answer, runners)
@@ -439,7 +442,7 @@ fn what_is_used_is_read_again_before_it_expires() {
     assert!(fixture.store.lookup(&1).is_some() && due.try_recv().is_err());
     fixture.after(90);
     assert!(fixture.store.lookup(&1).is_some());
-    assert_eq!(due.try_recv(), Ok(1));
+    assert_eq!(due.try_recv(), Ok(Due::Early(1)));
     // A change during the load voids it, as any.
     let (_answer, mut runners) = reload(1);
     fixture.store.invalidate(&1);
@@ -449,6 +452,26 @@ fn what_is_used_is_read_again_before_it_expires() {
     fixture.store.show(fixture.words.fresh(false), Before::Stale);
     assert_eq!(fixture.store.lookup_stale(&2).expect("held").value, Some("unused"));
     assert!(due.try_recv().is_err());
+}
+
+#[test]
+fn what_was_used_and_has_changed_is_read_again() {
+    let (reload, mut due) = Reload::new(None, true).expect("wanted");
+    let fixture = aging(Expiry::default(), Some(reload));
+    fixture.hold_from_start(&[(1, Some("used")), (2, Some("unused")), (3, None)]);
+    fixture.store.lookup(&1);
+    fixture.store.lookup(&3);
+    for key in 1..=4 {
+        fixture.store.invalidate(&key);
+        fixture.store.invalidate(&key);
+    }
+    assert_eq!((due.try_recv(), due.try_recv()), (Ok(Due::Changed(1)), Ok(Due::Changed(3))));
+    assert!(due.try_recv().is_err());
+    // By then somebody has asked for one of them.
+    fixture.hold_from_start(&[(3, Some("new"))]);
+    let mut wanted = Vec::new();
+    let answers = [1, 3].map(|key| fixture.store.reload(&Due::Changed(key), &mut wanted));
+    assert_eq!((wanted, answers.map(|answer| answer.is_some())), (vec![1], [true, false]));
 }
 
 #[test]

@@ -6,10 +6,10 @@
 mod support;
 mod fixture;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fixture::{Users, name, node, users_db};
-use rowcache::TableOptions;
+use rowcache::{OnChange, TableOptions};
 use support::eventually;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -43,6 +43,54 @@ pg_test! {
         })
         .await;
         assert_eq!((users.stats().misses, users.stats().expired), (misses, 0));
+    }
+
+    async fn what_was_used_and_has_changed_is_read_again(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let options = TableOptions::default().on_change(OnChange::Refresh);
+        let users: Users = node.table_with("public.users", options).await.expect("opens");
+        for id in [1, 2, 99] {
+            let _ = users.get(&id).await.expect("loads");
+        }
+        for id in [1, 99] {
+            assert!(users.try_get(&id).is_known(), "used");
+        }
+        db.execute("update public.users set name = 'new' where id in (1, 2); insert into public.users values (99, 'new')").await;
+        node.barrier().await.expect("coherent");
+        eventually("both are held again", async || users.stats().refreshed == 2).await;
+        for id in [1, 99] {
+            assert_eq!(users.peek(&id).row().expect("held").name, "new");
+        }
+        assert!(!users.peek(&2).is_known(), "nobody had used it");
+    }
+
+    // Whatever the number of changes.
+    async fn what_changes_all_the_time_is_read_now_and_then(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let options = TableOptions::default().on_change(OnChange::Refresh);
+        let users: Users = node.table_with("public.users", options).await.expect("opens");
+        name(&users, 1).await;
+        let began = Instant::now();
+        let writes = db.execute("do $$ begin for n in 1..3000 loop update public.users set name = n::text where id = 1; commit; end loop; end $$");
+        // Who waits for a row asks for a load himself; this one does not.
+        let reads = async {
+            loop {
+                let _ = users.try_get(&1);
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = writes => {}
+            () = reads => unreachable!("it never ends"),
+        }
+        node.barrier().await.expect("coherent");
+        let rounds = began.elapsed().as_millis() / 10 + 1;
+        let stats = users.stats();
+        assert!(u128::from(stats.loads) <= 1 + rounds, "{} loads in {rounds} rounds", stats.loads);
+        assert_eq!(stats.invalidations, 3000);
+        assert_eq!(name(&users, 1).await.as_deref(), Some("3000"));
     }
 
     async fn what_nobody_uses_is_removed(test: Test) {

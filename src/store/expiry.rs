@@ -10,13 +10,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{mpsc, oneshot};
-
-use super::{Entry, Flight, Key, Outcome, Store, discard};
+use super::{Due, Entry, Key, Reload, Store, discard};
 use crate::{digest::Tenths, sync::Arc};
 
 /// How long the entries of one table live.
-pub(crate) struct Expiry<K, V> {
+pub(crate) struct Expiry<V> {
     /// Since the load started.
     pub(crate) ttl: Option<Duration>,
     /// By up to this share of `ttl` less, so that what was loaded together does not expire together.
@@ -25,31 +23,19 @@ pub(crate) struct Expiry<K, V> {
     pub(crate) idle: Option<Duration>,
     /// In place of `ttl`, for rows of which this knows better.
     pub(crate) of: Option<Lifetime<V>>,
-    /// After this share of its life an entry that is used is loaded again, by whoever receives its key.
-    pub(crate) ahead: Option<(f64, mpsc::UnboundedSender<K>)>,
 }
-
-/// Keys whose entries are to be loaded again.
-pub(crate) type Due<K> = mpsc::UnboundedReceiver<K>;
 
 pub(crate) type Lifetime<V> = std::sync::Arc<dyn Fn(&V) -> Option<Duration> + Send + Sync>;
 
-impl<K, V> Default for Expiry<K, V> {
+impl<V> Default for Expiry<V> {
     fn default() -> Self {
-        Self { ttl: None, jitter: 0.0, idle: None, of: None, ahead: None }
+        Self { ttl: None, jitter: 0.0, idle: None, of: None }
     }
 }
 
-impl<K, V> Expiry<K, V> {
-    /// From now on entries that are used are loaded again after this share of their life, by whoever receives their keys.
-    pub(crate) fn refresh_after(&mut self, share: f64) -> Due<K> {
-        let (sender, due) = mpsc::unbounded_channel();
-        self.ahead = Some((share, sender));
-        due
-    }
-
+impl<V> Expiry<V> {
     /// The life of an entry whose load started then. `draw` is a number from 0 up to 1.
-    pub(super) fn life(&self, value: Option<&V>, from: Tenths, draw: f64) -> Life {
+    pub(super) fn life<K>(&self, reload: Option<&Reload<K>>, value: Option<&V>, from: Tenths, draw: f64) -> Life {
         let given = value.zip(self.of.as_ref()).and_then(|(value, of)| of(value));
         let ttl = given.or_else(|| self.ttl.map(|ttl| ttl.mul_f64(1.0 - self.jitter * draw)));
         let until = match ttl {
@@ -58,11 +44,12 @@ impl<K, V> Expiry<K, V> {
             Some(Duration::ZERO) => Tenths::BOOT,
             Some(ttl) => from.plus(ttl),
         };
-        let early = self.ahead.as_ref().zip(ttl).map(|((share, _), ttl)| from.plus(ttl.mul_f64(*share)));
+        let share = reload.and_then(Reload::early);
+        let early = share.zip(ttl).map(|(share, ttl)| from.plus(ttl.mul_f64(share)));
         let early = early.unwrap_or(Tenths::NEVER);
-        // With `idle`, each hit is looked at.
-        let due = if self.idle.is_some() { Tenths::BOOT } else { until.min(early) };
-        Life { due, until, early: AtomicU32::new(early.get()), used: AtomicU32::new(from.get()) }
+        let watches_use = self.idle.is_some() || reload.is_some_and(Reload::watches_use);
+        let due = if watches_use { Tenths::BOOT } else { until.min(early) };
+        Life { due, until, early: AtomicU32::new(early.get()), used: AtomicU32::new(0) }
     }
 
     /// How often it is worth while to look for what has expired. `None`: never.
@@ -82,10 +69,16 @@ pub(super) struct Life {
     until: Tenths,
     /// When it is read again, if it is used.
     early: AtomicU32,
+    /// When it was last used, if somebody wants to know. 0: not since its load.
     used: AtomicU32,
 }
 
 impl Life {
+    /// Whether it has been used since its load, if somebody wants to know.
+    pub(super) fn was_used(&self) -> bool {
+        self.used.load(Relaxed) > 0
+    }
+
     /// As long as there is space.
     pub(super) fn unlimited() -> Self {
         Self {
@@ -99,7 +92,7 @@ impl Life {
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// The store of a table whose entries live so long.
-    pub(crate) fn expiring(mut self, expiry: Expiry<K, V>) -> Self {
+    pub(crate) fn expiring(mut self, expiry: Expiry<V>) -> Self {
         self.expiry = expiry;
         self
     }
@@ -109,7 +102,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if entry.life.due > now {
             return false;
         }
-        let unused = || now.since(Tenths::new(entry.life.used.load(Relaxed)));
+        let unused = || now.since(Tenths::new(entry.life.used.load(Relaxed)).max(entry.at));
         entry.life.until <= now || self.expiry.idle.is_some_and(|idle| unused() >= idle)
     }
 
@@ -130,39 +123,22 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             return None;
         }
         let (life, now) = (&entry.life, self.gate.now());
-        // Later than the load started, which the clock thread may not have seen yet.
-        if life.used.load(Relaxed) < now.get() {
-            life.used.store(now.get(), Relaxed);
+        // Not more often: threads that hit the same entry would write to one cache line.
+        let used = now.get().max(1);
+        if life.used.load(Relaxed) != used {
+            life.used.store(used, Relaxed);
         }
         let early = life.early.load(Relaxed);
         // While there is a gap, a load would be kept by nobody, and take away what is held.
-        let ahead = self.expiry.ahead.as_ref().filter(|_| early <= now.get() && entry.word == self.gate.word());
-        if let Some((_, reload)) = ahead {
+        let reload = self.reload.as_ref().filter(|_| early <= now.get() && entry.word == self.gate.word());
+        if let Some(reload) = reload {
             // Should that load fail, another one is tried after half of the time that is left.
             let again = now.get() + (life.until.get().saturating_sub(now.get()) / 2).max(1);
             if life.early.compare_exchange(early, again, Relaxed, Relaxed).is_ok() {
-                // Nobody receives it once the node has stopped.
-                let _ = reload.send(key.clone());
+                reload.send(Due::Early(key.clone()));
             }
         }
         Some(entry)
-    }
-
-    /// Asks for another load of a key that is held. `None`: one is under way, and does as well. The key is added to `wanted`, as by
-    /// [`ask`](Self::ask).
-    pub(crate) fn reload(&self, key: &K, wanted: &mut Vec<K>) -> Option<oneshot::Receiver<Outcome<V>>> {
-        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
-        let mut flights = self.flights(key);
-        if flights.contains_key(key) {
-            return None;
-        }
-        let (caller, answer) = oneshot::channel();
-        if let Some((hashed, hash)) = hash {
-            hashed.note(hash, key);
-        }
-        flights.insert(key.clone(), Flight::new(caller));
-        wanted.push(key.clone());
-        Some(answer)
     }
 
     /// It is so late now. Returns whether somebody should look for what has expired.

@@ -122,7 +122,6 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
 /// Entries that are not held any more, to be dropped under no lock.
 pub(super) struct Removed<K, V> {
     evicted: Evicted<K, V>,
-    #[expect(dead_code, reason = "it is held to be dropped")]
     other: Option<Arc<Entry<V>>>,
 }
 
@@ -133,6 +132,11 @@ impl<K, V> Default for Removed<K, V> {
 }
 
 impl<K: Key, V> Removed<K, V> {
+    /// What was held of the key itself.
+    pub(super) fn entry(&self) -> Option<&Entry<V>> {
+        self.other.as_deref()
+    }
+
     /// How many had to go for lack of space when this entry of `key` came, and whether that was one of them: too large.
     pub(super) fn for_space(&self, key: &K, came: &Arc<Entry<V>>) -> (u64, bool) {
         let oversized = self.evicted.0.iter().any(|(_, entry)| Arc::ptr_eq(entry, came));

@@ -48,7 +48,7 @@ const ALL_SEEN_AFTER: u64 = 300;
 const READS: [&str; 9] = ["get", "try_get", "peek", "get_many", "snapshot", "Within", "Fenced", "AtLeast", "Any"];
 
 /// What must have happened, apart from the faults that are listed.
-const EVENTS: [&str; 29] = [
+const EVENTS: [&str; 31] = [
     "row served again after a gap",
     "node that does not listen",
     "poll that found something",
@@ -62,6 +62,8 @@ const EVENTS: [&str; 29] = [
     "joined load",
     "stale hit",
     "refilled row",
+    "row read again",
+    "expired entry",
     "clear",
     "failed load",
     "slow load",

@@ -268,8 +268,12 @@ impl Line for SimLine {
                 read(message);
             }
             // What is removed now has not been read.
-            let horizon_after = self.ask(|server| server.log_horizon).await?;
-            for (_, message) in later.into_iter().filter(|(xid, _)| *xid >= horizon_after) {
+            let left = |server: &super::database::Server| {
+                let later: Vec<_> = later.into_iter().filter(|(xid, _)| !server.is_trimmed(*xid)).collect();
+                (later, server.log_horizon)
+            };
+            let (later, horizon_after) = self.ask(left).await?;
+            for (_, message) in later {
                 read(message);
             }
             Ok(Polled {

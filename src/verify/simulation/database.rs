@@ -156,6 +156,11 @@ impl Server {
             .collect()
     }
 
+    /// Whether the messages of this transaction have been removed.
+    pub(super) fn is_trimmed(&self, xid: u64) -> bool {
+        self.trimmed.contains(&xid)
+    }
+
     /// Removes the messages of all that has ended below the horizon, which moves up by at least one, and to this id. What runs
     /// below it may yet write some.
     pub(super) fn trim(&mut self, at_least: u64) {

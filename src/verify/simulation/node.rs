@@ -11,9 +11,9 @@ use crate::{
     freshness::Fallback,
     hashed::{Hashed, Secret},
     host::{Host, Task},
-    keeper,
+    keeper, refill, refresh,
     shared::{Handle, Shared},
-    store::{Bounds, Limits, Store},
+    store::{Bounds, Expiry, Limits, Reload, Store},
     table::Table,
     tables::{Member, Trust},
     verify::history::{Key, NodeId, Time, Version},
@@ -68,6 +68,9 @@ pub(super) struct Setup {
     pub(super) inbox_bytes_max: usize,
     pub(super) fallback: Fallback,
     pub(super) refill: usize,
+    pub(super) ttl: Option<Duration>,
+    /// What is used is loaded again after this share of its life, and when it has changed.
+    pub(super) reload_after: Option<f64>,
     pub(super) loads_max: usize,
     pub(super) load_keys_max: usize,
 }
@@ -137,7 +140,11 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
     let shared = Shared::new(setup.config(), server, host);
     let limits = Limits { runners_max: setup.loads_max, batch_max: setup.load_keys_max };
     let hashed = setup.hashed.then(|| Hashed::new(secret()));
-    let store = Arc::new(Store::new(Bounds::rows::<Key, Item>(setup.capacity), limits, hashed));
+    let store = Store::new(Bounds::rows::<Key, Item>(setup.capacity), limits, hashed);
+    // Without jitter, which is different in each process.
+    let expiry = Expiry { ttl: setup.ttl, ..Expiry::default() };
+    let (reload, due) = Reload::new(setup.reload_after, setup.reload_after.is_some()).unzip();
+    let store = Arc::new(store.expiring(expiry).reloading(reload));
     shared.tables.add(TABLE, trust(world), &(Arc::clone(&store) as Arc<dyn Member>));
     let handle = Arc::new(Handle::new(Arc::clone(&shared)));
     let source = Arc::new(SimSource::new(world, id, &shared));
@@ -157,9 +164,13 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
     let (ready, first_attempt) = oneshot::channel();
     world.spawn(Some(id), keeper::keep(Arc::clone(&shared), ready));
     world.spawn(Some(id), clock(Arc::clone(&shared)));
+    let (store, source) = (Arc::downgrade(&node.table.store), Arc::clone(&node.table.source));
     if setup.refill > 0 {
-        let (store, source) = (Arc::downgrade(&node.table.store), Arc::clone(&node.table.source));
-        world.spawn(Some(id), crate::refill::after_gaps(store, source, shared, setup.refill));
+        let refill = refill::after_gaps(store.clone(), Arc::clone(&source), Arc::clone(&shared), setup.refill);
+        world.spawn(Some(id), refill);
+    }
+    if let Some(due) = due {
+        world.spawn(Some(id), refresh::run(due, store, source, shared));
     }
     first_attempt
 }

@@ -151,12 +151,14 @@ fn look(world: &World, node: &SimNode) {
     for (what, n) in [
         ("overflow", node.overflows),
         ("unreadable message", node.unreadable),
-        ("eviction", table.published.saturating_sub(table.entries)),
+        ("eviction", table.evicted),
         ("voided load", table.voided),
         ("uncached load", table.uncached),
         ("joined load", table.joined),
         ("stale hit", table.stale),
         ("refilled row", table.refilled),
+        ("row read again", table.refreshed),
+        ("expired entry", table.expired),
         ("clear", table.clears),
     ] {
         *inner.counts.entry(what).or_default() += n;

@@ -96,6 +96,8 @@ async fn simulate(seed: u64, size: Size) -> Outcome {
         inbox_bytes_max: dice.pick(&[2000, 6000, 1 << 20]),
         fallback: Fallback::Bypass,
         refill: dice.pick(&[0, 1000]),
+        ttl: dice.pick(&[None, None, Some(Duration::from_millis(200))]),
+        reload_after: dice.pick(&[None, None, Some(0.5)]),
         loads_max: dice.pick(&[1, 2, 4]),
         load_keys_max: dice.pick(&[1, 3, 512]),
     };

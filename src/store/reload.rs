@@ -1,0 +1,86 @@
+//! What is loaded without anybody asking for it: entries that are used and about to expire, and rows that were used and have changed.
+//!
+//! The store says which keys; `refresh.rs` asks for them like any caller, so that nothing here touches the promise.
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Flight, Key, Outcome, Removed, Store};
+
+/// Which entries of a table are loaded again by themselves.
+pub(crate) struct Reload<K> {
+    /// Those that are used after this share of their life.
+    early: Option<f64>,
+    /// Those that were used, and were invalidated.
+    changed: bool,
+    due: mpsc::UnboundedSender<Due<K>>,
+}
+
+/// A key that is to be loaded again.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Due<K> {
+    /// Its entry is about to expire.
+    Early(K),
+    /// Its entry was invalidated.
+    Changed(K),
+}
+
+impl<K> Reload<K> {
+    /// `None`: none are. Else keys come out of the second value.
+    pub(crate) fn new(early: Option<f64>, changed: bool) -> Option<(Self, mpsc::UnboundedReceiver<Due<K>>)> {
+        let (sender, due) = mpsc::unbounded_channel();
+        (early.is_some() || changed).then_some((Self { early, changed, due: sender }, due))
+    }
+
+    pub(super) fn early(&self) -> Option<f64> {
+        self.early
+    }
+
+    /// Whether it matters that an entry is used.
+    pub(super) fn watches_use(&self) -> bool {
+        self.changed
+    }
+
+    pub(super) fn send(&self, due: Due<K>) {
+        // Nobody receives it once the node has stopped. Each entry is sent a few times at most.
+        let _ = self.due.send(due);
+    }
+}
+
+impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// The store of a table of which some entries are loaded again by themselves.
+    pub(crate) fn reloading(mut self, reload: Option<Reload<K>>) -> Self {
+        self.reload = reload;
+        self
+    }
+
+    /// An invalidation has taken this away.
+    pub(super) fn note_change(&self, key: &K, removed: &Removed<K, V>) {
+        let Some(reload) = self.reload.as_ref().filter(|reload| reload.changed) else { return };
+        let word = self.gate.word();
+        // Not what a gap or a clear has left.
+        if removed.entry().is_some_and(|entry| entry.word == word && entry.life.was_used()) {
+            reload.send(Due::Changed(key.clone()));
+        }
+    }
+
+    /// Asks for a load that nobody else has asked for. `None`: one is under way, and does as well; or the row that had changed is held
+    /// again. The key is added to `wanted`, as by [`ask`](Self::ask).
+    pub(crate) fn reload(&self, due: &Due<K>, wanted: &mut Vec<K>) -> Option<oneshot::Receiver<Outcome<V>>> {
+        let (key, is_changed) = match due {
+            Due::Early(key) => (key, false),
+            Due::Changed(key) => (key, true),
+        };
+        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
+        let mut flights = self.flights(key);
+        if flights.contains_key(key) || (is_changed && self.peek(key).is_some()) {
+            return None;
+        }
+        let (caller, answer) = oneshot::channel();
+        if let Some((hashed, hash)) = hash {
+            hashed.note(hash, key);
+        }
+        flights.insert(key.clone(), Flight::new(caller));
+        wanted.push(key.clone());
+        Some(answer)
+    }
+}
