@@ -24,7 +24,10 @@ use shuttle::{future::block_on, rand::Rng, thread};
 use super::*;
 use crate::{
     change::{Change, Rows},
+    coherence::Boot,
+    error::{Error, Kind},
     hashed::Secret,
+    source::Stamp,
     tables::{Tables, Trust},
 };
 
