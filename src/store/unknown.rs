@@ -3,8 +3,6 @@
 //! A key that does not exist cannot be told from one that is not held until Postgres has been asked. So nothing is refused until a
 //! second's worth of loads has found nothing; from then on misses are, until time has paid for them. Hits never are.
 
-use std::time::Duration;
-
 use super::{Key, Store};
 use crate::{
     coherence::Boot,
@@ -58,13 +56,15 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     }
 
     /// Whether misses are refused now.
-    pub(crate) fn refuses_unknown(&self, now: impl FnOnce() -> Duration) -> bool {
-        self.unknown.price > 0 && self.unknown.is_spent(now())
+    pub(crate) fn refuses_unknown(&self, clock: impl FnOnce() -> Boot) -> bool {
+        self.unknown.price > 0 && self.unknown.is_spent(clock())
     }
 }
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
