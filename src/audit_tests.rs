@@ -69,7 +69,7 @@ struct World {
 fn world(hashed: Option<Hashed<i64>>) -> World {
     let mut config = Config::from_url("postgres://nobody@localhost:1/nowhere").expect("a URL");
     config.beat = Duration::from_millis(1);
-    let shared = Shared::new(config.clone(), Arc::new(Postgres::new(config)), Arc::new(Process));
+    let shared = Shared::new(config.clone(), Arc::new(Postgres::new(config)), Arc::new(Process::current()));
     let store = Store::new(Bounds::rows::<i64, u8>(10), Limits { runners_max: 1, batch_max: 10 }, hashed);
     let store = Arc::new(store);
     shared.tables.add(TABLE, Trust::default(), &(Arc::clone(&store) as Arc<dyn Member>));

@@ -23,7 +23,7 @@ use crate::{
     shared::{Handle, Reached, Shared},
     stats::NodeStats,
     status::{Events, Status},
-    store::{Limits, Reload, Store, Weigh},
+    store::{Limits, Reload, Store},
     table::{FromRow, Table},
     tables::Member,
     throttle::Throttle,
@@ -79,7 +79,7 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self> {
         config.check()?;
         let postgres = Arc::new(Postgres::new(config.clone()));
-        let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process));
+        let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process::current()));
         let (ready, first_attempt) = oneshot::channel();
         let keeper = tokio::spawn(keeper::keep(Arc::clone(&shared), ready));
         let node = Self { handle: Arc::new(Handle::start(shared, keeper)), postgres };
@@ -127,7 +127,6 @@ impl Node {
         tracked.trust = keeper::heard(&shared.config, &tracked.name, tracked.trust)
             .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
         let weigh = options.weigh()?;
-        let keeps = Keeps { digests: options.audit > 0, lengths: matches!(weigh, Weigh::Received) };
         let expiry = options.expiry()?;
         let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
         let mut is_new = false;
@@ -136,13 +135,15 @@ impl Node {
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
             let store = Store::<K, V>::new(options.bounds(), limits, tracked.secret.clone().map(Hashed::new));
-            let store = store.weighed(weigh).unknown_max(options.not_found_max).expiring(expiry).reloading(reload);
-            let store = Arc::new(store);
+            let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
+            let store = Arc::new(store.expiring(expiry).reloading(reload));
             shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
             // It may be the first one for which the log is polled between fences.
             shared.wake.notify_one();
             store
         });
+        // Of the store, whatever the options of this call: whoever loads, its entries must have what it asks them for.
+        let keeps = Keeps { digests: store.is_audited, lengths: store.weighs_received() };
         let judge = Arc::clone(shared);
         // Without a line nobody knows which server is the right one.
         let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);

@@ -91,6 +91,8 @@ pub(crate) struct Store<K, V> {
     reclaims: AtomicU64,
     /// Hits that wait to be audited.
     sample: Sample<K, V>,
+    /// Whether entries have digests.
+    pub(crate) is_audited: bool,
     weigh: Weigh<V>,
     unknown: Unknown,
     expiry: Expiry<V>,
@@ -144,8 +146,14 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             expiry: Expiry::default(),
             reload: None,
             next_look: std::sync::atomic::AtomicU32::new(0),
+            is_audited: false,
             weigh: Weigh::One,
         }
+    }
+
+    /// Whether entries are weighed by the length of their rows as they were received.
+    pub(crate) fn weighs_received(&self) -> bool {
+        matches!(self.weigh, Weigh::Received)
     }
 
     /// The store of a table whose rows are weighed by this.

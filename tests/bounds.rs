@@ -10,6 +10,7 @@ use std::num::NonZeroU32;
 
 use fixture::{User, Users, name, node, users, users_db, users_server};
 use rowcache::{Lookup, Table, TableOptions};
+use support::eventually;
 
 /// A table of documents, each with a body of so many bytes.
 const DOCUMENTS: &str = "create table public.documents (id bigint primary key, title text not null, body bytea not null);
@@ -112,6 +113,28 @@ pg_test! {
         assert!((600_000..610_000).contains(&users.stats().bytes), "{:?}", users.stats());
         let error = node.table_with::<i64, Document>("public.users", options).await.expect_err("of another type");
         assert!(error.is_config(), "{error}");
+    }
+
+    // The options of whoever opened the table first count, whoever loads.
+    async fn who_opens_a_table_again_loads_for_those_who_opened_it_first(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let options = TableOptions::default().bytes(1 << 20).audit(1000);
+        let first: Users = node.table_with("public.users", options).await.expect("opens");
+        db.execute("update public.users set name = repeat('x', 10000) where id = 1").await;
+        let second = users(&node).await;
+        node.barrier().await.expect("coherent");
+        name(&second, 1).await;
+        assert!((10_000..11_000).contains(&first.stats().bytes), "{:?}", first.stats());
+        eventually("hits are audited", async || {
+            for _ in 0..100 {
+                name(&first, 1).await;
+            }
+            first.stats().audits.audited > 0
+        })
+        .await;
+        let audits = first.stats().audits;
+        assert_eq!((audits.equal, audits.incoherent), (audits.audited, 0));
     }
 
     async fn what_is_pinned_is_not_evicted(test: Test) {

@@ -6,10 +6,13 @@
 mod support;
 mod fixture;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use fixture::{Users, name, node, users_db};
-use rowcache::{OnChange, TableOptions};
+use rowcache::{OnChange, Table, TableOptions};
 use support::eventually;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -91,6 +94,33 @@ pg_test! {
         assert!(u128::from(stats.loads) <= 1 + rounds, "{} loads in {rounds} rounds", stats.loads);
         assert_eq!(stats.invalidations, 3000);
         assert_eq!(name(&users, 1).await.as_deref(), Some("3000"));
+    }
+
+    // The clock thread ends the lease: whatever values do when they are dropped must not keep it from that.
+    async fn values_are_not_dropped_by_the_clock_thread(test: Test) {
+        #[derive(sqlx::FromRow)]
+        struct Witness {
+            #[allow(dead_code)] // it is there, as in any table
+            id: i64,
+        }
+
+        static DROPPED_BY: Mutex<Vec<Option<String>>> = Mutex::new(Vec::new());
+
+        impl Drop for Witness {
+            fn drop(&mut self) {
+                let name = std::thread::current().name().map(str::to_owned);
+                DROPPED_BY.lock().expect("no panic").push(name);
+            }
+        }
+
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let witnesses: Table<i64, Witness> =
+            node.table_with("public.users", TableOptions::default().ttl(SECOND)).await.expect("opens");
+        drop(witnesses.get(&1).await.expect("loads"));
+        eventually("it is removed", async || witnesses.stats().expired == 1).await;
+        let dropped_by = DROPPED_BY.lock().expect("no panic").clone();
+        assert!(!dropped_by.contains(&Some("rowcache-clock".to_owned())), "{dropped_by:?}");
     }
 
     async fn what_nobody_uses_is_removed(test: Test) {

@@ -246,6 +246,9 @@ fn what_is_used_is_read_again_before_it_expires() {
     fixture.store.show(fixture.words.fresh(false), Before::Stale);
     assert_eq!(fixture.store.lookup_stale(&2).expect("held").value, Some("unused"));
     assert!(due.try_recv().is_err());
+    // Nor if the gap came in between.
+    let mut wanted = Vec::new();
+    assert!(fixture.store.reload(&Due::Early(2), &mut wanted).is_none() && wanted.is_empty());
 }
 
 #[test]

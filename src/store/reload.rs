@@ -63,8 +63,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
     }
 
-    /// Asks for a load that nobody else has asked for. `None`: one is under way, and does as well; or the row that had changed is held
-    /// again. The key is added to `wanted`, as by [`ask`](Self::ask).
+    /// Asks for a load that nobody else has asked for. `None`: one is under way, and does as well; the row that had changed is held
+    /// again; or there is a gap, in which a load would be kept by nobody, and take away what is held. The key is added to `wanted`, as by [`ask`](Self::ask).
     pub(crate) fn reload(&self, due: &Due<K>, wanted: &mut Vec<K>) -> Option<oneshot::Receiver<Outcome<V>>> {
         let (key, is_changed) = match due {
             Due::Early(key) => (key, false),
@@ -72,7 +72,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         };
         let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
         let mut flights = self.flights(key);
-        if flights.contains_key(key) || (is_changed && self.peek(key).is_some()) {
+        if flights.contains_key(key) || !self.is_coherent() || (is_changed && self.peek(key).is_some()) {
             return None;
         }
         let (caller, answer) = oneshot::channel();

@@ -35,6 +35,12 @@ impl<K, V> Sample<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// The store of a table that is audited.
+    pub(crate) fn audited(mut self, is_audited: bool) -> Self {
+        self.is_audited = is_audited;
+        self
+    }
+
     /// This hit, which took place just now, is audited if there is a seat left.
     #[cold]
     #[inline(never)]

@@ -35,7 +35,7 @@ impl Unknown {
     }
 
     fn is_spent(&self, now: Boot) -> bool {
-        self.price > 0 && self.paid_at.load(Ordering::Relaxed) >= nanos(now).saturating_add(BURST)
+        self.paid_at.load(Ordering::Relaxed) >= nanos(now).saturating_add(BURST)
     }
 }
 
@@ -45,7 +45,7 @@ fn nanos(at: Boot) -> u64 {
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// With misses refused once so many loads a second have found nothing.
-    pub(crate) fn unknown_max(mut self, per_second: Option<std::num::NonZeroU32>) -> Self {
+    pub(crate) fn not_found_max(mut self, per_second: Option<std::num::NonZeroU32>) -> Self {
         self.unknown = per_second.map_or_else(Unknown::default, |limit| Unknown::new(limit.get()));
         self
     }
