@@ -10,7 +10,7 @@
 //! KEY      = SCALAR | [SCALAR,SCALAR,…]           one key column | several, in key order
 //! SCALAR   = integer | string                     canonical text of every type but the integers
 //! HASH     = 32 hex digits                        of the text of a KEY, under the secret whose id is SECRET
-//! RELATION = schema.table, quoted where Postgres would quote it
+//! RELATION = schema.table, quoted where Postgres would quote it | the name of a cache that is no table: view:NAME, schema.table(COLUMN)
 //! SNAPSHOT = pg_current_snapshot(), and LSN the position in the log, of the transaction that sent the fence
 //! XID      = the writer's pg_current_xact_id(); absent when no transaction's trigger sent it
 //! ```
@@ -41,7 +41,8 @@ const VERSION: u64 = 1;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Change {
-    /// The table, as `schema.table`; `None` means every table.
+    /// The table, as `schema.table`; `None` means every table. A cache that is no table, of which somebody asks all nodes to forget
+    /// something, has a name of its own (`view:accounts`, `public.users(email)`).
     pub table: Option<String>,
     /// The rows.
     pub rows: Rows,

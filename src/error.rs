@@ -26,6 +26,7 @@ pub(crate) enum Kind {
     Closed,
     Config,
     Decode,
+    Loader,
     Migrate,
     NotTracked,
     OtherIncarnation,
@@ -71,6 +72,12 @@ impl Error {
     #[must_use]
     pub fn is_decode(&self) -> bool {
         self.0.kind == Kind::Decode
+    }
+
+    /// The loader of a view failed, or panicked. The source is what it returned.
+    #[must_use]
+    pub fn is_loader(&self) -> bool {
+        self.0.kind == Kind::Loader
     }
 
     /// The table has no triggers of ours, or not all of them: `rowcache track <table>` puts them on.

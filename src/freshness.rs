@@ -16,7 +16,7 @@ use crate::{
     key::Key,
     shared::{Shared, Whose},
     store::{Answer, Asked, Cached},
-    table::{FromRow, Table},
+    table::Table,
     token::{Token, incarnation_id},
 };
 
@@ -98,7 +98,7 @@ impl Terms {
     const CURRENT: Self = Self { stale: false, join: Join::Coherent, of: None };
 }
 
-impl<K: Key, V: FromRow> Table<K, V> {
+impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     /// The row with this key, at least as fresh as asked. `None`: there is no such row.
     ///
     /// # Errors

@@ -37,6 +37,10 @@ impl KeyType {
         })
     }
 
+    pub(crate) fn is_int(self) -> bool {
+        matches!(self, Self::Int2 | Self::Int4 | Self::Int8)
+    }
+
     /// The Rust type that holds it, for error messages.
     pub(crate) fn rust(self) -> &'static str {
         match self {

@@ -61,6 +61,7 @@
 //! | --- | --- |
 //! | `table` | the story of `get` |
 //! | `node` | start, open tables, wait, stop |
+//! | `view` | entries that are made of several rows |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
 //! | `load` | runs loads, in greedy batches |
@@ -137,6 +138,7 @@ mod throttle;
 mod tls;
 mod token;
 mod transaction;
+mod view;
 
 pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
@@ -147,7 +149,10 @@ pub use hashed::KeyHash;
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
 pub use options::{OnChange, TableOptions};
-pub use postgres::{install, migrate};
+pub use postgres::{
+    built::{BoxError, Building},
+    install, migrate,
+};
 pub use stats::{Audits, NodeStats, Stats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
@@ -155,6 +160,7 @@ pub use table::{FromRow, Lookup, Table};
 pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;
+pub use view::View;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

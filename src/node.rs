@@ -14,21 +14,24 @@ use crate::{
     key::Key,
     options::{OnChange, TableOptions},
     postgres::{
-        catalog,
-        rows::{Keeps, Rows},
+        access::Access,
+        catalog::{self, TrackedTable, Widths},
+        rows::{Keeps, List, Rows},
         server::Postgres,
     },
     refill, refresh,
     server::Server,
     shared::{Handle, Reached, Shared},
+    source::Source,
     stats::NodeStats,
     status::{Events, Status},
     store::{Limits, Reload, Store},
     table::{FromRow, Table},
-    tables::Member,
+    tables::{By, Member, On},
     throttle::Throttle,
     token::Token,
     transaction::Transaction,
+    view::View,
 };
 
 /// One process's cache: connections, tables, and the tasks that keep them coherent. Cheap to clone.
@@ -121,42 +124,172 @@ impl Node {
     ///
     /// Cancelling leaves nothing behind.
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
+        let tracked = catalog::open::<K>(&self.postgres.pool, self.handle.shared.config.pooler, name).await?;
+        let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
+        let hashed = tracked.secret.clone().map(Hashed::new);
+        self.cache(&tracked.name, vec![on], hashed, &options, |keeps| {
+            Arc::new(Rows::<K, V>::new(self.access(), &tracked, &[], keeps))
+        })
+    }
+
+    /// A view: a cache whose entries are made of several rows, by a loader of yours. Its name is your choice; by it nodes tell each
+    /// other what to forget ([`Table::invalidate`]), so that it must mean the same on all of them.
+    ///
+    /// ```no_run
+    /// # use std::collections::HashMap;
+    /// # use rowcache::Table;
+    /// # #[derive(sqlx::FromRow)] struct Order { user_id: i64, total: i64 }
+    /// # async fn example(node: rowcache::Node) -> rowcache::Result<()> {
+    /// // Once: `rowcache track public.orders --columns user_id`.
+    /// let totals: Table<i64, i64> = node
+    ///     .view("totals")
+    ///     .on("public.orders", ["user_id"])
+    ///     .open(|users, db| {
+    ///         Box::pin(async move {
+    ///             let sums = "select user_id, sum(total)::bigint from orders where user_id = any($1) group by 1";
+    ///             let sums: Vec<(i64, i64)> = sqlx::query_as(sums).bind(users).fetch_all(db).await?;
+    ///             Ok(sums.into_iter().collect())
+    ///         })
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn view(&self, name: &str) -> View<'_> {
+        View::new(self, name)
+    }
+
+    /// The rows of a tracked table by other columns than its key: `["email"]`. At most one row may have the same values there. The
+    /// columns must be sent along: `rowcache track public.users --columns email`; and should have an index.
+    ///
+    /// A row is found under the values that it has, and no longer under those that it had: an UPDATE evicts both.
+    ///
+    /// # Errors
+    ///
+    /// As of [`table_with`](Self::table_with); [`is_not_tracked`](Error::is_not_tracked) also if a column is not sent. Reads
+    /// fail with [`is_table`](Error::is_table) where several rows have the same values.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling leaves nothing behind.
+    pub async fn table_by<K: Key, V: FromRow>(
+        &self,
+        name: &str,
+        columns: impl IntoIterator<Item: Into<String>>,
+        options: TableOptions,
+    ) -> Result<Table<K, V>> {
+        let (tracked, on, _) = self.by_columns::<K>(name, columns).await?;
+        let cache = format!("{}({})", tracked.name, tracked.key_columns.join(","));
+        self.cache(&cache, vec![on], None, &options, |keeps| {
+            Arc::new(Rows::<K, V>::new(self.access(), &tracked, &[], keeps))
+        })
+    }
+
+    /// The rows of a tracked table that have certain values in other columns than its key, as lists: the orders of a user, by `["user_id"]`.
+    /// In the order of the table's key. Where there are none, reads return `None`. The columns must be sent along:
+    /// `rowcache track public.orders --columns user_id`; and should have an index.
+    ///
+    /// A row that is inserted, changed or deleted evicts the list that it is in; one that moves, both.
+    ///
+    /// # Errors
+    ///
+    /// As of [`table_by`](Self::table_by); and [`is_config`](Error::is_config) with
+    /// [`audit`](TableOptions::audit), which compares single rows.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling leaves nothing behind.
+    pub async fn list_by<K: Key, V: FromRow>(
+        &self,
+        name: &str,
+        columns: impl IntoIterator<Item: Into<String>>,
+        options: TableOptions,
+    ) -> Result<Table<K, Vec<V>>> {
+        options.check_unaudited()?;
+        let (tracked, on, order) = self.by_columns::<K>(name, columns).await?;
+        let cache = format!("{}({})[]", tracked.name, tracked.key_columns.join(","));
+        self.cache(&cache, vec![on], None, &options, |keeps| {
+            Arc::new(Rows::<K, Vec<V>, List>::new(self.access(), &tracked, &order, keeps))
+        })
+    }
+
+    /// A table as one whose key is these columns, how its cache depends on it, and its real key.
+    async fn by_columns<K: Key>(
+        &self,
+        name: &str,
+        columns: impl IntoIterator<Item: Into<String>>,
+    ) -> Result<(TrackedTable, On, Vec<String>)> {
+        let key_columns: Vec<String> = columns.into_iter().map(Into::into).collect();
+        let (on, order) = self.depend::<K>(name, Some(&key_columns), Widths::Exact).await?;
+        Ok((TrackedTable { name: on.table.clone(), key_columns, trust: on.trust.clone(), secret: None }, on, order))
+    }
+
+    /// How a cache under `K` depends on a table, and the columns of the table's key.
+    pub(crate) async fn depend<K: Key>(
+        &self,
+        name: &str,
+        columns: Option<&[String]>,
+        widths: Widths,
+    ) -> Result<(On, Vec<String>)> {
+        catalog::depend::<K>(&self.postgres.pool, self.handle.shared.config.pooler, name, columns, widths).await
+    }
+
+    /// How loads ask the pool.
+    pub(crate) fn access(&self) -> Access {
+        let config = &self.handle.shared.config;
+        let judge = Arc::clone(&self.handle.shared);
+        Access {
+            pool: self.postgres.pool.clone(),
+            pooler: config.pooler,
+            timeout: config.load_timeout,
+            standby: Arc::clone(&self.postgres.standby),
+            // Without a line nobody knows which server is the right one.
+            ours: Box::new(move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation)),
+        }
+    }
+
+    /// The cache of this name, and what keeps it going, made if there is none yet for these types.
+    pub(crate) fn cache<K: Key, V: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        on: Vec<On>,
+        hashed: Option<Hashed<K>>,
+        options: &TableOptions,
+        source: impl FnOnce(Keeps) -> Arc<dyn Source<K, V>>,
+    ) -> Result<Table<K, V>> {
         options.check()?;
         let shared = &self.handle.shared;
-        let mut tracked = catalog::open::<K>(&self.postgres.pool, shared.config.pooler, name).await?;
-        tracked.trust = keeper::heard(&shared.config, &tracked.name, tracked.trust)
-            .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", tracked.name)))?;
+        let heard = |on: On| {
+            let trust = keeper::heard(&shared.config, &on.table, on.trust);
+            let trust = trust
+                .map_err(|problem| Error::new(Kind::NotTracked, format!("{} cannot be cached: {problem}", on.table)))?;
+            Ok(On { trust, ..on })
+        };
+        let on: Vec<On> = on.into_iter().map(heard).collect::<Result<_>>()?;
         let weigh = options.weigh()?;
         let expiry = options.expiry()?;
         let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
         let mut is_new = false;
-        let store = self.handle.open::<K, V, _>(&tracked.name, || {
+        let wanted: Vec<_> = on.iter().map(|on| (on.table.clone(), on.by.clone())).collect();
+        let store = self.handle.open::<K, V, _>(name, || {
             is_new = true;
             let config = &shared.config;
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
-            let store = Store::<K, V>::new(options.bounds(), limits, tracked.secret.clone().map(Hashed::new));
+            let store = Store::<K, V>::new(options.bounds(), limits, hashed);
             let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
             let store = Arc::new(store.expiring(expiry).reloading(reload));
-            shared.tables.add(&tracked.name, tracked.trust.clone(), &(Arc::clone(&store) as Arc<dyn Member>));
+            shared.tables.add_on(name, on, &(Arc::clone(&store) as Arc<dyn Member>));
             // It may be the first one for which the log is polled between fences.
             shared.wake.notify_one();
             store
         });
+        if !is_new && shared.tables.dependencies(&(Arc::clone(&store) as Arc<dyn Member>)) != wanted {
+            let message = format!("{name} was opened before, with other tables or columns: use another name");
+            return Err(Error::new(Kind::Config, message));
+        }
         // Of the store, whatever the options of this call: whoever loads, its entries must have what it asks them for.
         let keeps = Keeps { digests: store.is_audited, lengths: store.weighs_received() };
-        let judge = Arc::clone(shared);
-        // Without a line nobody knows which server is the right one.
-        let ours = move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation);
-        let source = Rows::new(
-            self.postgres.pool.clone(),
-            &tracked,
-            keeps,
-            shared.config.load_timeout,
-            Arc::clone(&self.postgres.standby),
-            shared.config.pooler,
-            ours,
-        );
-        let table = Table::new(Arc::clone(&self.handle), store, Arc::new(source), &tracked.name, options.fallback);
+        let table = Table::new(Arc::clone(&self.handle), store, source(keeps), name, options.fallback);
         if is_new && options.refill > 0 {
             let store = Arc::downgrade(&table.store);
             let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);
@@ -168,7 +301,7 @@ impl Node {
         }
         if is_new && options.audit > 0 {
             let (source, shared) = (Arc::clone(&table.source), Arc::clone(shared));
-            let auditor = Auditor { source, shared, name: tracked.name.as_str().into(), alarms: Throttle::default() };
+            let auditor = Auditor { source, shared, name: name.into(), alarms: Throttle::default() };
             tokio::spawn(audit::watch(Arc::downgrade(&table.store), auditor, options.audit));
         }
         Ok(table)

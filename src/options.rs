@@ -249,6 +249,23 @@ impl TableOptions {
         self
     }
 
+    /// Fails if entries that are not single rows are to be audited.
+    pub(crate) fn check_unaudited(&self) -> Result<()> {
+        if self.audit == 0 {
+            return Ok(());
+        }
+        let message = "`audit` compares a row with what was served of it: it is for tables, not for lists and views";
+        Err(Error::new(Kind::Config, message))
+    }
+
+    /// Fails if entries of which no bytes are received are to be weighed by them.
+    pub(crate) fn check_weighed(&self) -> Result<()> {
+        if self.bytes.is_none() || self.weigher.is_some() {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Config, "what a view holds is bounded by `bytes` with a `weigher`, or by `capacity`"))
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         let wrong = |message: String| Err(Error::new(Kind::Config, message));
         if self.audit > audit::RATE_MAX {

@@ -31,6 +31,34 @@ pub(crate) struct Loaded<V> {
     pub(crate) stamp: Stamp,
 }
 
+impl<V> Loaded<V> {
+    /// Nothing.
+    pub(crate) fn none() -> Self {
+        Self { rows: Vec::new(), received: Vec::new(), stamp: Stamp::default() }
+    }
+
+    /// Adds what was read of one more key. One stamp stands for all: of the same server, or of none.
+    pub(crate) fn push(&mut self, one: Result<Self>) {
+        match one {
+            Ok(one) => {
+                if self.rows.iter().all(Result::is_err) {
+                    self.stamp.incarnation = one.stamp.incarnation;
+                } else if self.stamp.incarnation != one.stamp.incarnation {
+                    self.stamp.incarnation = None;
+                }
+                self.stamp.dirty |= one.stamp.dirty;
+                self.stamp.lsn = self.stamp.lsn.max(one.stamp.lsn);
+                self.rows.extend(one.rows);
+                self.received.extend(one.received);
+            }
+            Err(error) => {
+                self.rows.push(Err(error));
+                self.received.push(Received::default());
+            }
+        }
+    }
+}
+
 /// What is kept of a row as it was received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Received {

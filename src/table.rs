@@ -31,11 +31,11 @@ pub trait FromRow: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'sta
 
 impl<V: for<'r> sqlx::FromRow<'r, PgRow> + Send + Sync + Unpin + 'static> FromRow for V {}
 
-/// The cached rows of one table, by key. Cheap to clone.
+/// The cached rows of one table, by key; or lists of rows, or entries of a view. Cheap to clone.
 ///
-/// Made by [`Node::table`](crate::Node::table). A row that does not exist is cached as well, until an INSERT. Values are shared, not
-/// copied.
-pub struct Table<K: Key, V: FromRow> {
+/// Made by [`Node::table`](crate::Node::table), [`table_by`](crate::Node::table_by), [`list_by`](crate::Node::list_by) and
+/// [`View::open`](crate::View::open). A row that does not exist is cached as well, until an INSERT. Values are shared, not copied.
+pub struct Table<K: Key, V: Send + Sync + 'static> {
     /// Keeps the node alive.
     handle: Arc<Handle>,
     pub(crate) store: Arc<Store<K, V>>,
@@ -80,7 +80,7 @@ impl<V> Lookup<V> {
     }
 }
 
-impl<K: Key, V: FromRow> Table<K, V> {
+impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     pub(crate) fn new(
         handle: Arc<Handle>,
         store: Arc<Store<K, V>>,
@@ -154,7 +154,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
     }
 
     /// Forgets a row: on this node before the first await, on all nodes by notification. For changes that
-    /// triggers cannot see; those that they see need no help.
+    /// triggers cannot see; those that they see need no help. Views that depend on the table by other columns than its key forget
+    /// everything: nobody knows which of their entries the row is in.
     ///
     /// # Errors
     ///
@@ -219,7 +220,8 @@ impl<K: Key, V: FromRow> Table<K, V> {
         self.handle.shared.status_of(&self.name)
     }
 
-    /// The name of the table, as `schema.table`.
+    /// The name of the table, as `schema.table`; of a view, as `view:accounts`; of rows by other columns than the key, as
+    /// `public.users(email)`, and of lists as `public.orders(user_id)[]`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -253,7 +255,7 @@ impl<K: Key, V: FromRow> Table<K, V> {
     }
 }
 
-impl<K: Key, V: FromRow> Clone for Table<K, V> {
+impl<K: Key, V: Send + Sync + 'static> Clone for Table<K, V> {
     fn clone(&self) -> Self {
         Self {
             handle: Arc::clone(&self.handle),
@@ -265,7 +267,7 @@ impl<K: Key, V: FromRow> Clone for Table<K, V> {
     }
 }
 
-impl<K: Key, V: FromRow> fmt::Debug for Table<K, V> {
+impl<K: Key, V: Send + Sync + 'static> fmt::Debug for Table<K, V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Table").field("name", &self.name).finish_non_exhaustive()
     }

@@ -1,6 +1,6 @@
 //! The tables of one node as the applier sees them: who must forget what, and whose gate shows what.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     change::{Change, RowKey, Rows},
@@ -8,10 +8,11 @@ use crate::{
     digest::Tenths,
     gate::{Before, Word, Words},
     hashed::KeyHash,
+    key::KeyPart,
     sync::{Arc, Mutex, lock},
 };
 
-/// One cache of rows of a table, whatever its key and value types.
+/// One cache, of the rows of a table or of a view, whatever its key and value types.
 pub(crate) trait Member: Send + Sync {
     /// Forgets these rows. `false` when a key is not of the cache's key type: then all must be forgotten.
     fn invalidate(&self, keys: &[RowKey]) -> bool;
@@ -54,7 +55,87 @@ pub(crate) struct Trust {
     pub(crate) via: Via,
 }
 
-/// All tables of a node. Every gate of the node is moved in here, under one lock.
+/// A table that a cache depends on, with what it looked like when its triggers were found to be whole.
+#[derive(Clone, Debug)]
+pub(crate) struct On {
+    pub(crate) table: String,
+    pub(crate) trust: Trust,
+    pub(crate) by: By,
+}
+
+/// Which entries of a cache depend on a row of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// The one whose key is the row's: of a cache of that table.
+    Key,
+    /// Those whose key is in these columns, now or before.
+    Columns(Vec<Column>),
+    /// All of them.
+    Any,
+}
+
+/// Where a message has the values of a column.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Column {
+    /// They are this part of each key.
+    Key(usize),
+    /// They are sent along under this name.
+    Sent(String),
+}
+
+/// Which of a change's rows a cache must forget.
+enum Touched<'a> {
+    Keys(std::borrow::Cow<'a, [RowKey]>),
+    Hashed(&'a str, &'a [KeyHash]),
+    /// It cannot be told.
+    All,
+}
+
+/// Keys that are made of one message at most. It has some thousand values; two columns that are not part of the table's key can
+/// make a product of that.
+const KEYS_MAX: usize = 10_000;
+
+impl By {
+    fn touched<'a>(&self, change: &'a Change) -> Touched<'a> {
+        match (self, &change.rows) {
+            (Self::Any, _) | (_, Rows::All) | (Self::Columns(_), Rows::Hashed { .. }) => Touched::All,
+            (Self::Key, Rows::Keys(keys)) => Touched::Keys(keys.into()),
+            (Self::Key, Rows::Hashed { secret, hashes }) => Touched::Hashed(secret, hashes),
+            (Self::Columns(columns), Rows::Keys(keys)) => {
+                made_of(columns, keys, change).map_or(Touched::All, |keys| Touched::Keys(keys.into()))
+            }
+        }
+    }
+}
+
+/// The keys that these columns have in the rows of a change. `None`: that cannot be told, or is too much.
+///
+/// Values of columns that are not part of the table's key come without a hint of which belong to the same row. So all
+/// combinations are taken: more than there are, never less.
+fn made_of(columns: &[Column], keys: &[RowKey], change: &Change) -> Option<Vec<RowKey>> {
+    let places: Option<Vec<usize>> =
+        columns.iter().map(|column| if let Column::Key(place) = column { Some(*place) } else { None }).collect();
+    if let Some(places) = places {
+        let part = |key: &RowKey, place: usize| key.parts().get(place).cloned();
+        let made = |key| places.iter().map(|place| part(key, *place)).collect::<Option<Vec<_>>>();
+        return keys.iter().map(|key| made(key).map(|parts| RowKey::new(&parts))).collect();
+    }
+    let mut combined: Vec<Vec<KeyPart<'static>>> = vec![Vec::new()];
+    for column in columns {
+        let values: BTreeSet<&KeyPart<'static>> = match column {
+            Column::Key(place) => keys.iter().map(|key| key.parts().get(*place)).collect::<Option<_>>()?,
+            Column::Sent(name) => change.columns.get(name)?.iter().collect(),
+        };
+        if combined.len() * values.len() > KEYS_MAX {
+            return None;
+        }
+        let longer = |parts: &Vec<_>, value: &KeyPart<'static>| parts.iter().cloned().chain([value.clone()]).collect();
+        combined = combined.iter().flat_map(|parts| values.iter().map(move |value| longer(parts, value))).collect();
+    }
+    Some(combined.iter().map(|parts| RowKey::new(parts)).collect())
+}
+
+/// All tables of a node, and the caches that depend on them. Every gate of the node is moved in here, under one lock.
 #[derive(Default)]
 pub(crate) struct Tables(Mutex<Inner>);
 
@@ -67,6 +148,7 @@ struct Inner {
     ticked: Tenths,
     /// In an order that is the same in each run.
     by_name: BTreeMap<String, Table>,
+    caches: Vec<Cache>,
 }
 
 struct Table {
@@ -74,7 +156,37 @@ struct Table {
     trust: Trust,
     /// Since when, and why, this table's triggers are in doubt.
     suspect: Option<(Boot, String)>,
-    members: Vec<Arc<dyn Member>>,
+}
+
+/// A cache, and what it depends on.
+struct Cache {
+    /// Of its table, or its own: messages name it, too.
+    name: String,
+    on: Vec<(String, By)>,
+    member: Arc<dyn Member>,
+}
+
+impl Cache {
+    /// How it depends on a table, each time that it does; or on what is said of itself.
+    fn depends<'a>(&'a self, table: &'a str) -> impl Iterator<Item = &'a By> {
+        let own = (self.name == table && self.on.iter().all(|(on, _)| on != table)).then_some(&By::Key);
+        own.into_iter().chain(self.on.iter().filter(move |(on, _)| on == table).map(|(_, by)| by))
+    }
+
+    /// The tables that it depends on.
+    fn tables<'a>(&'a self, by_name: &'a BTreeMap<String, Table>) -> impl Iterator<Item = &'a Table> {
+        self.on.iter().map(|(table, _)| &by_name[table])
+    }
+
+    /// Whether none of them is in doubt: not only the one because of which its gate is moved.
+    fn is_trusted(&self, by_name: &BTreeMap<String, Table>) -> bool {
+        self.tables(by_name).all(|table| table.suspect.is_none())
+    }
+
+    /// Whether all that changes them comes by way of the change log, and nothing is in doubt.
+    fn is_told_again(&self, by_name: &BTreeMap<String, Table>) -> bool {
+        self.is_trusted(by_name) && self.tables(by_name).all(|table| table.trust.via == Via::Log)
+    }
 }
 
 impl Inner {
@@ -83,51 +195,93 @@ impl Inner {
     }
 
     fn turn(&mut self, table: Option<&str>, before: Before) -> Vec<Arc<dyn Member>> {
-        let mut cleared = Vec::new();
-        for (name, entry) in &self.by_name {
-            if table.is_none_or(|table| table == name) {
-                let word = self.words.fresh(self.coherent && entry.suspect.is_none());
-                for member in &entry.members {
-                    member.show(word, before);
-                    cleared.push(Arc::clone(member));
-                }
-            }
+        self.turn_those(|cache| table.is_none_or(|table| cache.depends(table).next().is_some()), before)
+    }
+
+    fn turn_those(&mut self, which: impl Fn(&Cache) -> bool, before: Before) -> Vec<Arc<dyn Member>> {
+        let mut turned = Vec::new();
+        let Self { words, coherent, by_name, caches, .. } = self;
+        for cache in caches.iter().filter(|cache| which(cache)) {
+            let word = words.fresh(*coherent && cache.is_trusted(by_name));
+            cache.member.show(word, before);
+            turned.push(Arc::clone(&cache.member));
         }
-        cleared
+        turned
+    }
+}
+
+impl Inner {
+    /// The table of this name; or those that the cache of this name depends on.
+    fn tables_of<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a str, &'a Table)> {
+        let itself = self.by_name.get_key_value(name);
+        let cache = self.caches.iter().find(|cache| itself.is_none() && cache.name == name);
+        let others =
+            cache.into_iter().flat_map(|cache| &cache.on).filter_map(|(table, _)| self.by_name.get_key_value(table));
+        itself.into_iter().chain(others).map(|(name, table)| (name.as_str(), table))
     }
 }
 
 impl Tables {
-    /// Adds a cache of a table whose triggers were found to be whole, *before* any load of the cache starts:
-    /// every change that such a load could miss is then a message to come (I1).
+    /// Adds a cache of a table whose triggers were found to be whole. See [`add_on`](Self::add_on).
+    #[cfg(any(test, fuzzing, feature = "verify"))]
     pub(crate) fn add(&self, name: &str, trust: Trust, member: &Arc<dyn Member>) {
+        self.add_on(name, vec![On { table: name.to_owned(), trust, by: By::Key }], member);
+    }
+
+    /// Adds a cache that depends on tables whose triggers were found to be whole, *before* any load of the cache starts:
+    /// every change that such a load could miss is then a message to come (I1).
+    pub(crate) fn add_on(&self, name: &str, on: Vec<On>, member: &Arc<dyn Member>) {
         let mut inner = lock(&self.0);
-        let table =
-            inner.by_name.entry(name.to_owned()).or_insert_with(|| Table { trust, suspect: None, members: Vec::new() });
-        // If it looks different from what is on record, the next beat puts all its members in doubt.
-        let trusted = table.suspect.is_none();
-        table.members.push(Arc::clone(member));
-        let coherent = inner.coherent && trusted;
+        let mut depends = Vec::new();
+        for On { table, trust, by } in on {
+            // If it looks different from what is on record, the next beat puts all that depends on it in doubt.
+            inner.by_name.entry(table.clone()).or_insert_with(|| Table { trust, suspect: None });
+            depends.push((table, by));
+        }
+        let cache = Cache { name: name.to_owned(), on: depends, member: Arc::clone(member) };
+        let coherent = inner.coherent && cache.is_trusted(&inner.by_name);
         let word = inner.words.fresh(coherent);
         member.show(word, Before::Forgotten);
+        inner.caches.push(cache);
+    }
+
+    /// What a cache was added on.
+    pub(crate) fn dependencies(&self, member: &Arc<dyn Member>) -> Vec<(String, By)> {
+        let inner = lock(&self.0);
+        let cache = inner.caches.iter().find(|cache| Arc::ptr_eq(&cache.member, member));
+        cache.map(|cache| cache.on.clone()).unwrap_or_default()
     }
 
     /// Applies a change that was received: when this returns, no entry that it touched can be served. Returns
     /// the caches that were cleared, whose memory can be reclaimed.
     pub(crate) fn apply(&self, change: &Change) -> Vec<Arc<dyn Member>> {
-        let forget: &dyn Fn(&dyn Member) -> bool = match &change.rows {
-            Rows::All => return lock(&self.0).clear(change.table.as_deref()),
-            Rows::Keys(keys) => &|member| member.invalidate(keys),
-            Rows::Hashed { secret, hashes } => &|member| member.invalidate_hashed(secret, hashes),
+        let (Some(name), false) = (&change.table, change.rows == Rows::All) else {
+            return lock(&self.0).clear(change.table.as_deref());
         };
-        let Some(name) = &change.table else { return lock(&self.0).clear(None) };
-        let members = match lock(&self.0).by_name.get(name) {
-            Some(table) => table.members.clone(),
-            None => return Vec::new(),
+        let told: Vec<(Arc<dyn Member>, By)> = {
+            let inner = lock(&self.0);
+            let by = |cache: &Cache| {
+                cache.depends(name).cloned().map(|by| (Arc::clone(&cache.member), by)).collect::<Vec<_>>()
+            };
+            inner.caches.iter().flat_map(by).collect()
         };
-        // If one does not understand, all of them are cleared.
-        let understood = members.iter().all(|member| forget(&**member));
-        if understood { Vec::new() } else { lock(&self.0).clear(Some(name)) }
+        // Who does not understand forgets everything.
+        let mut lost: Vec<Arc<dyn Member>> = Vec::new();
+        for (member, by) in told {
+            let understood = match by.touched(change) {
+                Touched::Keys(keys) => member.invalidate(&keys),
+                Touched::Hashed(secret, hashes) => member.invalidate_hashed(secret, hashes),
+                Touched::All => false,
+            };
+            if !understood {
+                lost.push(member);
+            }
+        }
+        if lost.is_empty() {
+            return lost;
+        }
+        let is_lost = |cache: &Cache| lost.iter().any(|member| Arc::ptr_eq(member, &cache.member));
+        lock(&self.0).turn_those(is_lost, Before::Forgotten)
     }
 
     /// Forgets a table, or all of them.
@@ -138,7 +292,7 @@ impl Tables {
     /// The node became coherent, or ceased to be. Entries from before are not served, except to those who ask for old ones
     /// while it is not.
     ///
-    /// And except those of tables that are told by way of the change log. What happened during the gap has been read since, and
+    /// And except those of caches that are told by way of the change log alone. What happened during the gap has been read since, and
     /// applied to what is held, as if there had been no gap: all of that before this, or everything was forgotten
     /// (`Item::Missed`), and with it the word that would be shown again here.
     pub(crate) fn set_coherent(&self, coherent: bool) {
@@ -148,14 +302,11 @@ impl Tables {
             inner.turn(None, Before::Stale);
             return;
         }
-        let Inner { words, by_name, .. } = &mut *inner;
-        for table in by_name.values() {
-            let word = words.fresh(table.suspect.is_none());
-            let resumes = table.trust.via == Via::Log && table.suspect.is_none();
-            for member in &table.members {
-                if !(resumes && member.resume()) {
-                    member.show(word, Before::Forgotten);
-                }
+        let Inner { words, by_name, caches, .. } = &mut *inner;
+        for cache in caches {
+            let resumes = cache.is_told_again(by_name);
+            if !(resumes && cache.member.resume()) {
+                cache.member.show(words.fresh(cache.is_trusted(by_name)), Before::Forgotten);
             }
         }
     }
@@ -167,19 +318,24 @@ impl Tables {
             return Vec::new();
         }
         inner.ticked = now;
-        let members = inner.by_name.values().flat_map(|table| &table.members);
+        let members = inner.caches.iter().map(|cache| &cache.member);
         members.filter(|member| member.tick(now)).cloned().collect()
     }
 
-    /// Whether this carries the messages of this table, or of any that is open.
+    /// Whether this carries the messages of this table, of one that the cache of this name depends on, or of any that is open.
     pub(crate) fn is_told(&self, name: Option<&str>, via: Via) -> bool {
         let inner = lock(&self.0);
-        inner.by_name.iter().any(|(table, entry)| name.is_none_or(|name| name == table) && entry.trust.via == via)
+        let Some(name) = name else { return inner.by_name.values().any(|table| table.trust.via == via) };
+        inner.tables_of(name).any(|(_, table)| table.trust.via == via)
     }
 
-    /// Since when, and why, this table is in doubt, if it is.
+    /// Since when, and why, this table is in doubt, if it is; or one that the cache of this name depends on.
     pub(crate) fn suspicion(&self, name: &str) -> Option<(Boot, String)> {
-        lock(&self.0).by_name.get(name).and_then(|table| table.suspect.clone())
+        let inner = lock(&self.0);
+        inner.tables_of(name).find_map(|(table, entry)| {
+            let (since, why) = entry.suspect.clone()?;
+            Some((since, if table == name { why } else { format!("{table}: {why}") }))
+        })
     }
 
     /// The tables whose triggers must be watched.
@@ -236,4 +392,58 @@ pub(crate) enum Verified {
     Broken(String),
     /// It stays in doubt.
     Known,
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn ints<const N: usize>(parts: [i64; N]) -> RowKey {
+        RowKey::new(&parts.map(KeyPart::Int))
+    }
+
+    fn keys(by: &By, change: &Change) -> Option<Vec<RowKey>> {
+        match by.touched(change) {
+            Touched::Keys(keys) => Some(keys.into_owned()),
+            Touched::Hashed(..) => panic!("it has keys"),
+            Touched::All => None,
+        }
+    }
+
+    #[test]
+    fn keys_of_a_view_are_made_of_what_messages_have() {
+        let change = Change {
+            table: Some("public.orders".into()),
+            rows: Rows::Keys(vec![ints([1, 10]), ints([2, 10]), ints([1, 10])]),
+            columns: BTreeMap::from([
+                ("user_id".to_owned(), [7, 8].map(KeyPart::Int).to_vec()),
+                ("nobody".to_owned(), vec![]),
+                ("all".to_owned(), (0..5001).map(KeyPart::Int).collect()),
+            ]),
+            xid: None,
+        };
+        let sent = |name: &str| Column::Sent(name.to_owned());
+        for (columns, made) in [
+            // Pairs that belong together stay together.
+            (vec![Column::Key(1), Column::Key(0)], Some(vec![ints([10, 1]), ints([10, 2]), ints([10, 1])])),
+            (vec![Column::Key(0)], Some(vec![ints([1]), ints([2]), ints([1])])),
+            (vec![sent("user_id")], Some(vec![ints([7]), ints([8])])),
+            (vec![Column::Key(0), sent("user_id")], Some(vec![ints([1, 7]), ints([1, 8]), ints([2, 7]), ints([2, 8])])),
+            (vec![sent("nobody")], Some(vec![])),
+            (vec![sent("user_id"), sent("nobody")], Some(vec![])),
+            (vec![sent("all"), sent("nobody")], Some(vec![])),
+            (vec![sent("all"), sent("user_id")], None),
+            (vec![sent("unsent")], None),
+            (vec![Column::Key(2)], None),
+            (vec![Column::Key(2), sent("user_id")], None),
+        ] {
+            assert_eq!(keys(&By::Columns(columns.clone()), &change), made, "{columns:?}");
+        }
+        assert_eq!(keys(&By::Any, &change), None);
+        assert_eq!(keys(&By::Key, &change).map(|keys| keys.len()), Some(3));
+        let all = Change { rows: Rows::All, ..change };
+        assert_eq!(keys(&By::Columns(vec![sent("user_id")]), &all), None);
+    }
 }

@@ -23,7 +23,7 @@ use crate::{
     key::Key,
     postgres::{database_error, is_connection_error},
     shared::Handle,
-    table::{FromRow, Table},
+    table::Table,
     token::Token,
 };
 
@@ -82,14 +82,14 @@ impl Transaction {
     /// Names a row that this transaction changes: forgotten here when [`commit`](Self::commit) returns. For an UPDATE of the key
     /// itself, name the old and the new one. What triggers and foreign keys change along with it has to be named too, or waited
     /// for: with the token, or with [`Freshness::Fenced`](crate::Freshness::Fenced).
-    pub fn invalidates<K: Key, V: FromRow>(&mut self, table: &Table<K, V>, key: &K) {
+    pub fn invalidates<K: Key, V: Send + Sync + 'static>(&mut self, table: &Table<K, V>, key: &K) {
         let rows = Rows::Keys(vec![RowKey::new(&key.to_parts())]);
         self.forgets.changes.push(Change::requested(table.name(), rows));
     }
 
     /// Names a table of which this transaction changes many rows: all of it is forgotten here when
     /// [`commit`](Self::commit) returns.
-    pub fn clears<K: Key, V: FromRow>(&mut self, table: &Table<K, V>) {
+    pub fn clears<K: Key, V: Send + Sync + 'static>(&mut self, table: &Table<K, V>) {
         self.forgets.changes.push(Change::requested(table.name(), Rows::All));
     }
 

@@ -74,6 +74,20 @@ pg_test! {
         assert_eq!(smallest.line().await, "there is no member 1");
     }
 
+    async fn accounts_prints_whose_orders_change(test: Test) {
+        let db = db(test.version, "create table members (id bigint primary key, name text not null);
+             create table orders (id bigint primary key, member_id bigint not null, total bigint not null);
+             insert into members values (1, 'Ada'), (2, 'Bob'); insert into orders values (7, 1, 120);
+             select rowcache.track('public.members'), rowcache.track('public.orders', columns => '{member_id}')").await;
+        let mut accounts = Example::start("accounts", &[("DATABASE_URL", &db.url)]);
+        let mut both = async || [accounts.line().await, accounts.line().await];
+        assert_eq!(both().await, ["Ada ordered [120]", "Bob ordered []"]);
+        db.execute("update orders set member_id = 2 where id = 7").await;
+        assert_eq!(both().await, ["Ada ordered []", "Bob ordered [120]"]);
+        db.execute("update members set name = 'Grace' where id = 1").await;
+        assert_eq!(both().await, ["Grace ordered []", "Bob ordered [120]"]);
+    }
+
     async fn authenticated_service_refuses_a_disabled_account(test: Test) {
         let db = db(test.version, "create table accounts (id bigint primary key, name text not null, active boolean not null);
              insert into accounts values (1, 'Ada', true); select rowcache.track('public.accounts')").await;

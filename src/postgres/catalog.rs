@@ -1,5 +1,7 @@
 //! What Postgres knows about a table that is to be cached, asked through `rowcache.describe`.
 
+use std::ops::DerefMut;
+
 use sqlx::{FromRow, PgConnection, PgPool};
 
 use crate::{
@@ -7,7 +9,7 @@ use crate::{
     hashed::Secret,
     key::{Key, KeyType},
     postgres::{database_error, has_code, schema_hint},
-    tables::{Trust, Via},
+    tables::{By, Column, On, Trust, Via},
 };
 
 /// One row of `rowcache.describe`.
@@ -19,6 +21,8 @@ pub(crate) struct Description {
     pub(crate) relkind: Option<String>,
     pub(crate) key_columns: Vec<String>,
     pub(crate) key_types: Vec<String>,
+    /// Further columns whose values messages have.
+    pub(crate) columns: Vec<String>,
     pub(crate) tracked: bool,
     pub(crate) problems: Vec<String>,
     pub(crate) fingerprint: Option<String>,
@@ -30,7 +34,7 @@ pub(crate) struct Description {
 
 /// The columns asked for, in the order of [`Description`].
 pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, coalesce(key_columns, '{}') as key_columns, \
-     coalesce(key_types, '{}') as key_types, tracked, coalesce(problems, '{}') as problems, fingerprint, \
+     coalesce(key_types, '{}') as key_types, coalesce(columns, '{}') as columns, tracked, coalesce(problems, '{}') as problems, fingerprint, \
      secret, via from rowcache.describe($1)";
 
 /// A table that can be cached under keys of a certain type.
@@ -45,14 +49,19 @@ pub(crate) struct TrackedTable {
 
 /// Looks up a table in the catalogue, and whether it can be cached under `K`.
 pub(crate) async fn open<K: Key>(pool: &PgPool, pooler: bool, name: &str) -> Result<TrackedTable> {
+    look_up::<K>(&mut **asking(pool, pooler, name).await?, pooler, name).await
+}
+
+type Asking = Box<dyn DerefMut<Target = PgConnection> + Send>;
+
+/// What several statements can be sent to.
+async fn asking(pool: &PgPool, pooler: bool, name: &str) -> Result<Asking> {
     let failed = |error| looking_up(name, error);
     if pooler {
-        // What prepares a statement and what executes it must meet the same backend.
-        let mut transaction = pool.begin().await.map_err(failed)?;
-        // It changes nothing: there is nothing to commit.
-        return look_up::<K>(&mut transaction, pooler, name).await;
+        // What prepares a statement and what executes it must meet the same backend. It changes nothing: there is nothing to commit.
+        return Ok(Box::new(pool.begin().await.map_err(failed)?));
     }
-    look_up::<K>(&mut *pool.acquire().await.map_err(failed)?, pooler, name).await
+    Ok(Box::new(pool.acquire().await.map_err(failed)?))
 }
 
 fn looking_up(name: &str, error: sqlx::Error) -> Error {
@@ -70,6 +79,47 @@ async fn look_up<K: Key>(asking: &mut PgConnection, pooler: bool, name: &str) ->
     }
     Ok(table)
 }
+
+/// What a cache under `K` depends on: this table, by these columns, or by whatever of its rows changes. Also the columns of its own key.
+pub(crate) async fn depend<K: Key>(
+    pool: &PgPool,
+    pooler: bool,
+    name: &str,
+    columns: Option<&[String]>,
+    widths: Widths,
+) -> Result<(On, Vec<String>)> {
+    let failed = |error| looking_up(name, error);
+    let mut asking = asking(pool, pooler, name).await?;
+    let description: Description =
+        sqlx::query_as(DESCRIBE).bind(name).persistent(!pooler).fetch_one(&mut **asking).await.map_err(failed)?;
+    let fingerprint = description.usable(name)?;
+    let relation = description.relation.clone().unwrap_or_default();
+    let by = match columns {
+        None => By::Any,
+        Some(columns) => {
+            let types = sqlx::query_as(TYPES).bind(&relation).bind(columns).persistent(!pooler);
+            let types: Vec<(String, Option<String>)> = types.fetch_all(&mut **asking).await.map_err(failed)?;
+            By::Columns(description.columns::<K>(&relation, columns, &types, widths)?)
+        }
+    };
+    let trust = Trust { fingerprint, key: description.key_as_sent(), via: description.via() };
+    Ok((On { table: relation, trust, by }, description.key_columns))
+}
+
+/// Whether integers of one width are held in those of another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Widths {
+    /// No: rows are read with the types of the key.
+    Exact,
+    /// Yes: a foreign key may be narrower than what it refers to.
+    Any,
+}
+
+/// The types of columns, in the order in which they are named; null: there is no such column.
+const TYPES: &str = "select c.name, format_type(rowcache.base_type(a.atttypid), null) \
+     from unnest($2::text[]) with ordinality as c(name, position) \
+     left join pg_attribute a on a.attrelid = $1::text::regclass and a.attname = c.name and a.attnum > 0 and not a.attisdropped \
+     order by c.position";
 
 /// Reads the secret that hashes the keys of this table, and of all others of this database with hashed keys.
 async fn key_secret(asking: &mut PgConnection, pooler: bool, table: &str, id: &str) -> Result<Secret> {
@@ -117,7 +167,21 @@ impl Description {
 
     /// The table, if it can be cached under `K`; else what is in the way and the cure.
     fn check<K: Key>(self, name: &str) -> Result<TrackedTable> {
-        let Some(relation) = self.relation.clone() else {
+        let fingerprint = self.usable(name)?;
+        let relation = self.relation.clone().unwrap_or_default();
+        check_key::<K>(&relation, &self)?;
+        let (key, via) = (self.key_as_sent(), self.via());
+        Ok(TrackedTable {
+            name: relation,
+            key_columns: self.key_columns,
+            trust: Trust { fingerprint, key, via },
+            secret: None,
+        })
+    }
+
+    /// Its fingerprint, if there is such a table and it is tracked as it should be; else what is in the way and the cure.
+    fn usable(&self, name: &str) -> Result<String> {
+        let Some(relation) = &self.relation else {
             return Err(Error::new(
                 Kind::Table,
                 format!(
@@ -149,17 +213,59 @@ impl Description {
                 format!("{relation} is not tracked as it should be: {}", self.problems.join("; ")),
             ));
         }
-        check_key::<K>(&relation, &self)?;
-        let (key, via) = (self.key_as_sent(), self.via());
-        let fingerprint = self
-            .fingerprint
-            .ok_or_else(|| Error::new(Kind::Table, format!("{relation} was dropped while it was being looked up")))?;
-        Ok(TrackedTable {
-            name: relation,
-            key_columns: self.key_columns,
-            trust: Trust { fingerprint, key, via },
-            secret: None,
-        })
+        let dropped = || Error::new(Kind::Table, format!("{relation} was dropped while it was being looked up"));
+        self.fingerprint.clone().ok_or_else(dropped)
+    }
+
+    /// Where messages have the values of these columns, if they make a key of type `K`; else what is in the way and the cure.
+    fn columns<K: Key>(
+        &self,
+        relation: &str,
+        columns: &[String],
+        types: &[(String, Option<String>)],
+        widths: Widths,
+    ) -> Result<Vec<Column>> {
+        let table = |message: String| Error::new(Kind::Table, message);
+        if let Some((column, _)) = types.iter().find(|(_, of)| of.is_none()) {
+            return Err(table(format!("table {relation} has no column {column}")));
+        }
+        if self.secret.is_some() {
+            return Err(table(format!(
+                "the keys of {relation} are sent as hashes, so that nothing can depend on its columns; it can on any change of it (`on_any`)"
+            )));
+        }
+        let found: Vec<_> =
+            types.iter().map(|(_, of)| KeyType::from_postgres(of.as_deref().unwrap_or_default())).collect();
+        let fits = |found: &Option<KeyType>, wanted: &KeyType| {
+            *found == Some(*wanted) || widths == Widths::Any && wanted.is_int() && found.is_some_and(KeyType::is_int)
+        };
+        let wanted = K::types();
+        if found.len() != wanted.len() || !found.iter().zip(&wanted).all(|(found, wanted)| fits(found, wanted)) {
+            let of: Vec<_> =
+                types.iter().map(|(name, of)| format!("{name} {}", of.as_deref().unwrap_or_default())).collect();
+            return Err(table(format!(
+                "({}) of {relation} does not fit a key of type {}; {}",
+                of.join(", "),
+                rust(&wanted),
+                cure(&found)
+            )));
+        }
+        let unsent = |name: &&String| !self.key_columns.contains(name) && !self.columns.contains(name);
+        let missing: Vec<&String> = columns.iter().filter(unsent).collect();
+        if !missing.is_empty() {
+            let all: Vec<&str> = self.columns.iter().chain(missing.iter().copied()).map(String::as_str).collect();
+            let names: Vec<&str> = missing.iter().map(|name| name.as_str()).collect();
+            return Err(Error::new(
+                Kind::NotTracked,
+                format!(
+                    "messages about {relation} do not have its column {}; run: rowcache track {relation} --columns {}",
+                    names.join(", "),
+                    all.join(",")
+                ),
+            ));
+        }
+        let place = |name: &String| self.key_columns.iter().position(|column| column == name);
+        Ok(columns.iter().map(|name| place(name).map_or_else(|| Column::Sent(name.clone()), Column::Key)).collect())
     }
 
     fn via(&self) -> Via {
@@ -185,20 +291,26 @@ fn check_key<K: Key>(table: &str, description: &Description) -> Result<()> {
     if known.iter().copied().eq(wanted.iter().copied().map(Some)) {
         return Ok(());
     }
-    let rust = |types: Vec<KeyType>| {
-        let names: Vec<_> = types.into_iter().map(KeyType::rust).collect();
-        if let [one] = names[..] { one.to_owned() } else { format!("({})", names.join(", ")) }
-    };
-    let cure = known.into_iter().collect::<Option<Vec<_>>>().map_or_else(
-        || "no key type of this library holds that yet".to_owned(),
-        |types| format!("use Table<{}, _>", rust(types)),
-    );
     Err(Error::new(
         Kind::Table,
         format!(
-            "the key of {table} is ({}), which does not fit a key of type {}; {cure}",
+            "the key of {table} is ({}), which does not fit a key of type {}; {}",
             description.key(),
-            rust(wanted),
+            rust(&wanted),
+            cure(&known),
         ),
     ))
+}
+
+fn rust(types: &[KeyType]) -> String {
+    let names: Vec<_> = types.iter().copied().map(KeyType::rust).collect();
+    if let [one] = names[..] { one.to_owned() } else { format!("({})", names.join(", ")) }
+}
+
+/// What to use for a key of these types.
+fn cure(found: &[Option<KeyType>]) -> String {
+    found.iter().copied().collect::<Option<Vec<_>>>().map_or_else(
+        || "no key type of this library holds that yet".to_owned(),
+        |types| format!("use Table<{}, _>", rust(&types)),
+    )
 }

@@ -1,5 +1,7 @@
 //! The only place with SQL and sockets.
 
+pub(crate) mod access;
+pub(crate) mod built;
 pub(crate) mod catalog;
 mod hosts;
 pub mod install;

@@ -8,18 +8,14 @@ use std::{
     collections::HashMap,
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
+    sync::atomic::Ordering,
 };
 
 use sqlx::{
-    AssertSqlSafe, Connection, FromRow, PgConnection, PgPool, Row,
+    AssertSqlSafe, Connection, FromRow, PgConnection, Row,
     postgres::{PgArguments, PgRow},
 };
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
@@ -28,31 +24,27 @@ use crate::{
     error::{Error, Kind, Result},
     key::{self, Key, KeyPart, KeyType},
     postgres::{
-        catalog::TrackedTable, database_error, has_code, is_connection_error, lent::Lent, line::stamp_view,
+        access::{Access, Attempt, Failed},
+        catalog::TrackedTable,
+        database_error, has_code,
+        line::stamp_view,
         server::fetch,
     },
     source::{Digesting, Digests, Loaded, Loading, Received, Source, Stamp},
 };
 
-/// Loads rows of one table into values of type `V`.
-pub(crate) struct Rows<K, V> {
-    pool: PgPool,
+/// Loads rows of one table, by columns that need not be its key, into values of type `V`.
+pub(crate) struct Rows<K, V, S = One> {
+    access: Access,
     table: String,
     /// On a primary.
     sql: Sql,
     sql_on_standby: Sql,
-    /// Which of the two.
-    standby: Arc<AtomicBool>,
-    /// A pooler in transaction mode stands in between.
-    pooler: bool,
     key_types: Vec<KeyType>,
     /// Its keys are secrets: errors, which are logged, do not show them.
     hides_keys: bool,
     keeps: Keeps,
-    timeout: Duration,
-    /// Whether rows with this stamp come from the server that the node listens to, as far as it knows.
-    ours: Box<dyn Fn(Option<Incarnation>) -> bool + Send + Sync>,
-    types: PhantomData<fn() -> (K, V)>,
+    types: PhantomData<fn(K, S) -> V>,
 }
 
 /// What is kept of rows as they are received.
@@ -73,204 +65,34 @@ struct Sql {
 /// Canary, start of the server, dirty, position in the log.
 const STAMP_COLUMNS: usize = 4;
 
-impl<K: Key, V> Rows<K, V> {
-    pub(crate) fn new(
-        pool: PgPool,
-        table: &TrackedTable,
-        keeps: Keeps,
-        timeout: Duration,
-        standby: Arc<AtomicBool>,
-        pooler: bool,
-        ours: impl Fn(Option<Incarnation>) -> bool + Send + Sync + 'static,
-    ) -> Self {
+impl<K: Key, V, S> Rows<K, V, S> {
+    /// With `order`, columns by which the rows of a key are ordered.
+    pub(crate) fn new(access: Access, table: &TrackedTable, order: &[String], keeps: Keeps) -> Self {
         Self {
-            pool,
             table: table.name.clone(),
-            sql: Sql::new::<K>(table, stamp_view(false)),
-            sql_on_standby: Sql::new::<K>(table, stamp_view(true)),
-            standby,
-            pooler,
+            sql: Sql::new::<K>(table, order, stamp_view(false)),
+            sql_on_standby: Sql::new::<K>(table, order, stamp_view(true)),
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
             keeps,
-            timeout,
-            ours: Box::new(ours),
             types: PhantomData,
-        }
-    }
-}
-
-impl Sql {
-    fn new<K: Key>(table: &TrackedTable, stamp: &str) -> Self {
-        let columns: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
-        let keys: String =
-            columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
-        let select = format!(
-            "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
-             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from {stamp} s left join "
-        );
-        let name = &table.name;
-        let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = ${}", n + 1)).collect();
-        let one = format!("{select}{name} t on {}", equal.join(" and "));
-        let many = if let [column] = &columns[..] {
-            format!("{select}{name} t on t.{column} = any($1)")
-        } else {
-            let arrays: Vec<_> =
-                K::types().iter().enumerate().map(|(n, of)| format!("${}::{}[]", n + 1, of.postgres())).collect();
-            let names: Vec<_> = (0..columns.len()).map(|n| format!("k{n}")).collect();
-            let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = k.k{n}")).collect();
-            format!(
-                "{select}(unnest({}) as k({}) join {name} t on {}) on true",
-                arrays.join(", "),
-                names.join(", "),
-                equal.join(" and ")
-            )
-        };
-        Self { one, many }
-    }
-}
-
-impl<K, V> Source<K, V> for Rows<K, V>
-where
-    K: Key,
-    V: for<'r> FromRow<'r, PgRow> + Send + Unpin + 'static,
-{
-    fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
-        Box::pin(async move {
-            let deadline = Instant::now() + self.timeout;
-            match self.load_together(keys, deadline).await {
-                // One key that Postgres cannot take must not harm those that happen to be loaded with it.
-                Err(error) if error.is_refused() && keys.len() > 1 => self.load_one_by_one(keys, deadline).await,
-                outcome => outcome,
-            }
-        })
-    }
-
-    fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
-        Box::pin(self.load_together(keys, Instant::now() + self.timeout))
-    }
-
-    fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a> {
-        Box::pin(async move {
-            let rows = self.fetch(keys, Instant::now() + self.timeout).await?;
-            let stamp = self.stamp(&rows)?;
-            let mut found = HashMap::with_capacity(rows.len());
-            for row in &rows {
-                let Some(key) = self.key_of(row)? else { continue };
-                if found.insert(key, self.digest(row)?).is_some() {
-                    return Err(self.broken("more than one row has the same key"));
-                }
-            }
-            let rows = keys.iter().map(|key| found.get(key).copied().unwrap_or(Digest::ABSENT)).collect();
-            Ok(Digests { rows, stamp })
-        })
-    }
-}
-
-impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
-    async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
-        let rows = self.fetch(keys, deadline).await?;
-        self.decode(keys, &rows)
-    }
-
-    async fn load_one_by_one(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
-        let mut all = Loaded { rows: Vec::with_capacity(keys.len()), received: Vec::new(), stamp: Stamp::default() };
-        for key in keys {
-            match self.load_together(std::slice::from_ref(key), deadline).await {
-                Ok(one) => {
-                    // One stamp stands for all: of the same server, or of none.
-                    if all.rows.iter().all(Result::is_err) {
-                        all.stamp.incarnation = one.stamp.incarnation;
-                    } else if all.stamp.incarnation != one.stamp.incarnation {
-                        all.stamp.incarnation = None;
-                    }
-                    all.stamp.dirty |= one.stamp.dirty;
-                    all.stamp.lsn = all.stamp.lsn.max(one.stamp.lsn);
-                    all.rows.extend(one.rows);
-                    all.received.extend(one.received);
-                }
-                Err(error) => {
-                    all.rows.push(Err(error));
-                    all.received.push(Received::default());
-                }
-            }
-        }
-        Ok(all)
-    }
-
-    /// Runs the statement, on another connection when the first one turns out to be dead.
-    async fn fetch(&self, keys: &[K], deadline: Instant) -> Result<Vec<PgRow>> {
-        // What ends one connection may have ended all that the pool has. The next one is new.
-        let mut tries_left = self.pool.options().get_max_connections();
-        loop {
-            let mut connection = match timeout_at(deadline, Lent::acquire(&self.pool)).await {
-                Ok(Ok(connection)) => connection,
-                Ok(Err(sqlx::Error::PoolTimedOut)) | Err(_) => return Err(self.no_connection(keys)),
-                Ok(Err(error)) if is_connection_error(&error) && tries_left > 0 => {
-                    tries_left -= 1;
-                    continue;
-                }
-                Ok(Err(error)) => return Err(database_error(&format!("loading {}", self.of(keys)), error)),
-            };
-            match timeout_at(deadline, self.run(&mut connection, keys)).await {
-                Ok(Ok(rows)) => {
-                    if (self.ours)(rows.first().and_then(incarnation)) {
-                        connection.give_back();
-                        return Ok(rows);
-                    }
-                    // To a server that was replaced, perhaps, and dropped: another one may lead to the right one.
-                    if tries_left == 0 {
-                        return Ok(rows);
-                    }
-                    tries_left -= 1;
-                }
-                // Dropped, not given back: it is broken.
-                Ok(Err(error)) if is_connection_error(&error) && tries_left > 0 => tries_left -= 1,
-                Ok(Err(error)) => {
-                    connection.give_back();
-                    return Err(database_error(&format!("loading {}", self.of(keys)), error));
-                }
-                // Dropped too: the statement may still be running, and the next user would have to wait for it.
-                Err(_) => {
-                    return Err(Error::new(
-                        Kind::Timeout,
-                        format!("loading {} took longer than {:?} (`load_timeout`)", self.of(keys), self.timeout),
-                    ));
-                }
-            }
-        }
-    }
-
-    /// The pool tries to connect for as long as it may, so a timeout can mean that all connections are in use,
-    /// or that Postgres accepts none.
-    fn no_connection(&self, keys: &[K]) -> Error {
-        let (what, options) = (self.of(keys), self.pool.options());
-        let (limit, max) = (self.timeout.min(options.get_acquire_timeout()), options.get_max_connections());
-        if self.pool.size() < max {
-            Error::new(Kind::Unavailable, format!("cannot connect to Postgres for a load of {what} within {limit:?}"))
-        } else {
-            Error::new(
-                Kind::Timeout,
-                format!(
-                    "no connection of the pool came free for a load of {what} within {limit:?}; the pool has {max}"
-                ),
-            )
+            access,
         }
     }
 
     /// Runs the statement once more when its prepared form no longer fits the table, which was altered.
     async fn run(&self, connection: &mut PgConnection, keys: &[K]) -> sqlx::Result<Vec<PgRow>> {
-        match fetch(connection, self.query(keys), self.pooler).await {
+        match fetch(connection, self.query(keys), self.access.pooler).await {
             Err(error) if is_stale_plan(&error) => {
                 connection.clear_cached_statements().await?;
-                fetch(connection, self.query(keys), self.pooler).await
+                fetch(connection, self.query(keys), self.access.pooler).await
             }
             result => result,
         }
     }
 
     fn query(&self, keys: &[K]) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
-        let sql = if self.standby.load(Ordering::Relaxed) { &self.sql_on_standby } else { &self.sql };
+        let sql = if self.access.standby.load(Ordering::Relaxed) { &self.sql_on_standby } else { &self.sql };
         if let [key] = keys {
             let query = sqlx::query(AssertSqlSafe(sql.one.clone()));
             return key.to_parts().into_iter().zip(&self.key_types).fold(query, |query, (part, of)| match (part, of) {
@@ -300,6 +122,164 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         })
     }
 
+    /// What is being loaded, for messages.
+    fn of(&self, keys: &[K]) -> String {
+        match keys {
+            [key] => self.row(key),
+            keys => format!("{} rows of {}", keys.len(), self.table),
+        }
+    }
+
+    fn row(&self, key: &K) -> String {
+        if self.hides_keys {
+            return format!("a row of {}", self.table);
+        }
+        format!("{} {}", self.table, key::display(&key.to_parts()))
+    }
+}
+
+/// The statement for these keys.
+struct Statement<'a, K, V, S> {
+    of: &'a Rows<K, V, S>,
+    keys: &'a [K],
+}
+
+impl<K: Key, V, S> Attempt for Statement<'_, K, V, S> {
+    type Answer = Vec<PgRow>;
+
+    async fn run(&self, connection: &mut PgConnection) -> Result<Vec<PgRow>, Failed> {
+        Ok(self.of.run(connection, self.keys).await?)
+    }
+
+    fn of(&self) -> String {
+        self.of.of(self.keys)
+    }
+
+    fn answered_by(answer: &Vec<PgRow>) -> Option<Incarnation> {
+        answer.first().and_then(incarnation)
+    }
+}
+
+/// What the rows with one key make.
+pub(crate) trait Shape<V> {
+    type Row;
+
+    /// Adds a row. `None`: there must be no more than those before.
+    fn join(before: Option<V>, row: Self::Row) -> Option<V>;
+}
+
+/// A row: the key is unique.
+pub(crate) enum One {}
+
+impl<V> Shape<V> for One {
+    type Row = V;
+
+    fn join(before: Option<V>, row: V) -> Option<V> {
+        before.is_none().then_some(row)
+    }
+}
+
+/// A list of them, in the order of the table's own key.
+pub(crate) enum List {}
+
+impl<T> Shape<Vec<T>> for List {
+    type Row = T;
+
+    fn join(before: Option<Vec<T>>, row: T) -> Option<Vec<T>> {
+        let mut rows = before.unwrap_or_default();
+        rows.push(row);
+        Some(rows)
+    }
+}
+
+impl Sql {
+    fn new<K: Key>(table: &TrackedTable, order: &[String], stamp: &str) -> Self {
+        let columns: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
+        let keys: String =
+            columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
+        let select = format!(
+            "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
+             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from {stamp} s left join "
+        );
+        let name = &table.name;
+        let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = ${}", n + 1)).collect();
+        let order: Vec<String> = order.iter().map(|column| format!("t.{}", quote(column))).collect();
+        let order = if order.is_empty() { String::new() } else { format!(" order by {}", order.join(", ")) };
+        let one = format!("{select}{name} t on {}{order}", equal.join(" and "));
+        let many = if let [column] = &columns[..] {
+            format!("{select}{name} t on t.{column} = any($1){order}")
+        } else {
+            let arrays: Vec<_> =
+                K::types().iter().enumerate().map(|(n, of)| format!("${}::{}[]", n + 1, of.postgres())).collect();
+            let names: Vec<_> = (0..columns.len()).map(|n| format!("k{n}")).collect();
+            let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = k.k{n}")).collect();
+            format!(
+                "{select}(unnest({}) as k({}) join {name} t on {}) on true{order}",
+                arrays.join(", "),
+                names.join(", "),
+                equal.join(" and ")
+            )
+        };
+        Self { one, many }
+    }
+}
+
+impl<K, V, S> Source<K, V> for Rows<K, V, S>
+where
+    K: Key,
+    V: Send + 'static,
+    S: Shape<V, Row: for<'r> FromRow<'r, PgRow> + Send + Unpin> + 'static,
+{
+    fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        Box::pin(async move {
+            let deadline = self.access.deadline();
+            match self.load_together(keys, deadline).await {
+                // One key that Postgres cannot take must not harm those that happen to be loaded with it.
+                Err(error) if error.is_refused() && keys.len() > 1 => self.load_one_by_one(keys, deadline).await,
+                outcome => outcome,
+            }
+        })
+    }
+
+    fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        Box::pin(self.load_together(keys, self.access.deadline()))
+    }
+
+    fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a> {
+        Box::pin(async move {
+            let rows = self.fetch(keys, self.access.deadline()).await?;
+            let stamp = self.stamp(&rows)?;
+            let mut found = HashMap::with_capacity(rows.len());
+            for row in &rows {
+                let Some(key) = self.key_of(row)? else { continue };
+                if found.insert(key, self.digest(row)?).is_some() {
+                    return Err(self.broken("more than one row has the same key"));
+                }
+            }
+            let rows = keys.iter().map(|key| found.get(key).copied().unwrap_or(Digest::ABSENT)).collect();
+            Ok(Digests { rows, stamp })
+        })
+    }
+}
+
+impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
+    async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
+        let rows = self.fetch(keys, deadline).await?;
+        self.decode(keys, &rows)
+    }
+
+    async fn load_one_by_one(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
+        let mut all = Loaded::none();
+        for key in keys {
+            all.push(self.load_together(std::slice::from_ref(key), deadline).await);
+        }
+        Ok(all)
+    }
+
+    async fn fetch(&self, keys: &[K], deadline: Instant) -> Result<Vec<PgRow>> {
+        self.access.attempt(&Statement { of: self, keys }, deadline).await
+    }
+
     /// The stamp of a statement, which each of its rows has.
     fn stamp(&self, rows: &[PgRow]) -> Result<Stamp> {
         let first = rows.first().ok_or_else(|| self.broken("the statement returned no row"))?;
@@ -314,20 +294,23 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
         let Keeps { digests, lengths } = self.keeps;
         let keeps = digests || lengths;
         let mut received = HashMap::with_capacity(if keeps { rows.len() } else { 0 });
-        let mut found = HashMap::with_capacity(rows.len());
+        let mut found: HashMap<K, Result<V>> = HashMap::with_capacity(rows.len());
         for row in rows {
             let Some(key) = self.key_of(row)? else { continue };
             if keeps {
                 let digest = if digests { self.digest(row)? } else { Digest::UNKNOWN };
                 let bytes = if lengths { self.length(row)? } else { 0 };
-                received.insert(key.clone(), Received { digest, bytes });
+                let kept = received.entry(key.clone()).or_insert(Received { digest, bytes: 0 });
+                kept.bytes = kept.bytes.saturating_add(bytes);
             }
-            let value = decode(row)
+            let value = decode::<S::Row>(row)
                 .map_err(|error| Error::with(Kind::Decode, format!("{} could not be decoded", self.row(&key)), error));
-            if let Some(_other) = found.insert(key.clone(), value) {
-                let message = format!("more than one row has the key of {}", self.row(&key));
-                found.insert(key, Err(Error::new(Kind::Table, message)));
-            }
+            let too_many = || Error::new(Kind::Table, format!("more than one row has the key of {}", self.row(&key)));
+            let made = match (found.remove(&key).transpose(), value) {
+                (Ok(before), Ok(value)) => S::join(before, value).ok_or_else(too_many),
+                (Err(error), _) | (_, Err(error)) => Err(error),
+            };
+            found.insert(key, made);
         }
         let kept = keys.iter().filter(|_| keeps);
         Ok(Loaded {
@@ -389,25 +372,10 @@ impl<K: Key, V: for<'r> FromRow<'r, PgRow>> Rows<K, V> {
     fn broken(&self, what: &str) -> Error {
         Error::new(Kind::Table, format!("loading {}: {what}", self.table))
     }
-
-    /// What is being loaded, for messages.
-    fn of(&self, keys: &[K]) -> String {
-        match keys {
-            [key] => self.row(key),
-            keys => format!("{} rows of {}", keys.len(), self.table),
-        }
-    }
-
-    fn row(&self, key: &K) -> String {
-        if self.hides_keys {
-            return format!("a row of {}", self.table);
-        }
-        format!("{} {}", self.table, key::display(&key.to_parts()))
-    }
 }
 
 /// The server that a row comes from; `None` when it has lost its canary.
-fn incarnation(row: &PgRow) -> Option<Incarnation> {
+pub(super) fn incarnation(row: &PgRow) -> Option<Incarnation> {
     let canary = row.try_get::<Option<Uuid>, _>("rowcache.canary").ok()??;
     Some(Incarnation { canary, started: row.try_get("rowcache.started").ok()? })
 }
@@ -422,7 +390,7 @@ fn decode<V: for<'r> FromRow<'r, PgRow>>(row: &PgRow) -> Result<V, Box<dyn std::
     }
 }
 
-fn panic_message(panic: &(dyn Any + Send)) -> &str {
+pub(super) fn panic_message(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()

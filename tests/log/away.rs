@@ -1,7 +1,7 @@
 //! A node that was away: what happened meanwhile is read afterwards, and what is still right is still held. Unless it was away for
 //! too long, which it knows.
 
-use rowcache::{Event, cli::temp_server::Stop};
+use rowcache::{Event, Table, cli::temp_server::Stop};
 
 use super::*;
 use crate::{
@@ -78,6 +78,36 @@ pg_test! {
         proxy.close_all(Close::Rst).await;
         gap_and_recovery(&mut events).await;
         assert!(is_held(&users, 1) && !is_held(&others, 1));
+    }
+
+    // Nor has a view that depends on such a table, whatever else it depends on.
+    async fn a_view_is_resumed_if_the_log_tells_all_that_it_is_made_of(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        let db = log_db(&test).await;
+        db.execute("create table public.others (id bigint primary key); select rowcache.track('public.others')").await;
+        let (mut proxy, node, users) = by_proxy(&db, hasty).await;
+        let view = async |name: &str, others: bool| -> Table<i64, i64> {
+            let view = node.view(name).on("public.users", ["id"]);
+            let view = if others { view.on("public.others", ["id"]) } else { view };
+            view.open(|ids, _| Box::pin(async move { Ok(ids.iter().map(|id| (*id, *id)).collect()) })).await.expect("opens")
+        };
+        let (alone, both) = (view("alone", false).await, view("both", true).await);
+        for id in 1..=2 {
+            name(&users, id).await;
+            alone.get(&id).await.expect("loads");
+            both.get(&id).await.expect("loads");
+        }
+        let mut events = node.subscribe();
+        proxy.refuse().await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        db.execute("update public.users set name = 'meanwhile' where id = 2").await;
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert_eq!([1, 2].map(|id| is_held(&users, id)), [true, false]);
+        assert_eq!([1, 2].map(|id| alone.peek(&id).is_known()), [true, false]);
+        assert_eq!([1, 2].map(|id| both.peek(&id).is_known()), [false, false]);
     }
 
     async fn what_was_cleared_during_the_gap_stays_away(test: Test) {

@@ -4,6 +4,7 @@
 //! then, with each mutant in turn, red. What does not compile proves nothing, and counts like a mutant that nothing noticed.
 
 mod table;
+mod views;
 
 use std::{
     collections::HashSet,
@@ -14,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use table::{Catcher, MUTANTS, Mutant};
+use table::{Catcher, Mutant};
 
 pub(super) const HELP: &str = "\
 Examples:
@@ -48,9 +49,13 @@ struct Outcome {
     took: Duration,
 }
 
+fn all() -> impl Iterator<Item = &'static Mutant> {
+    table::MUTANTS.iter().chain(views::MUTANTS)
+}
+
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
     if options.list {
-        for mutant in MUTANTS {
+        for mutant in all() {
             println!("{:<24} {}", mutant.name, mutant.protection);
         }
         return Ok(ExitCode::SUCCESS);
@@ -99,9 +104,9 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
 
 fn choose(names: &[String]) -> Result<Vec<&'static Mutant>> {
     if names.is_empty() {
-        return Ok(MUTANTS.iter().collect());
+        return Ok(all().collect());
     }
-    let find = |name: &String| MUTANTS.iter().find(|mutant| mutant.name == name);
+    let find = |name: &String| all().find(|mutant| mutant.name == name);
     names.iter().map(|name| find(name).with_context(|| format!("there is no mutant `{name}`; see --list"))).collect()
 }
 
@@ -262,7 +267,7 @@ mod tests {
     fn every_mutant_still_applies() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut names = HashSet::new();
-        for mutant in MUTANTS {
+        for mutant in all() {
             assert!(names.insert(mutant.name), "two mutants `{}`", mutant.name);
             assert!(mutant.is_current(root).expect("reads"), "mutant `{}` is out of date", mutant.name);
             assert!(mutant.text != mutant.instead && !mutant.catchers.is_empty(), "mutant `{}`", mutant.name);

@@ -1,0 +1,189 @@
+//! Loads entries that a loader of the user's makes, of whatever it reads.
+//!
+//! The loader runs in a transaction of its own that can only read, and whose statements all see the database at one moment: an
+//! entry is never made of rows that were not there at the same time. The transaction begins after the load has, so that whatever
+//! changes after its snapshot was taken is told by a message that voids the load.
+
+use std::{
+    collections::HashMap,
+    future::{Future, poll_fn},
+    marker::PhantomData,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::atomic::Ordering,
+};
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use tokio::time::Instant;
+
+use super::rows::{incarnation, panic_message};
+use crate::{
+    coherence::Incarnation,
+    error::{Error, Kind, Result},
+    key::{self, Key},
+    postgres::{
+        access::{Access, Attempt, Failed},
+        database_error, is_connection_error,
+        line::stamp_view,
+    },
+    source::{Digesting, Loaded, Loading, Source, Stamp},
+};
+
+/// What a loader returns: an entry for each key that has one.
+pub type Building<'a, K, V> = Pin<Box<dyn Future<Output = Result<HashMap<K, V>, BoxError>> + Send + 'a>>;
+
+/// Whatever went wrong in a loader.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Loads what `load` makes.
+pub(crate) struct Built<K, V, F> {
+    access: Access,
+    name: String,
+    load: F,
+    types: PhantomData<fn() -> (K, V)>,
+}
+
+/// All statements see one snapshot, which is taken by the second one, and not before: else somebody has begun a transaction on this
+/// connection before us, and what it shows may be older than what is known here.
+const BEGIN: &str = "begin isolation level repeatable read read only; \
+     select pg_catalog.set_config('rowcache.began', (now() = statement_timestamp())::text, true)";
+
+impl<K, V, F> Built<K, V, F>
+where
+    K: Key,
+    V: Send + 'static,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
+{
+    pub(crate) fn new(access: Access, name: &str, load: F) -> Self {
+        Self { access, name: name.to_owned(), load, types: PhantomData }
+    }
+
+    async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
+        let (stamp, mut made) = self.access.attempt(&Once { of: self, keys }, deadline).await?;
+        Ok(Loaded { rows: keys.iter().map(|key| Ok(made.remove(key))).collect(), received: Vec::new(), stamp })
+    }
+
+    fn of(&self, keys: &[K]) -> String {
+        match keys {
+            [key] => format!("{} {}", self.name, key::display(&key.to_parts())),
+            keys => format!("{} entries of {}", keys.len(), self.name),
+        }
+    }
+
+    async fn stamp(&self, transaction: &mut PgConnection) -> sqlx::Result<Stamp> {
+        let view = stamp_view(self.access.standby.load(Ordering::Relaxed));
+        // A transaction of this isolation is always dirty to the view.
+        let ask = format!(
+            "select canary as \"rowcache.canary\", started as \"rowcache.started\", lsn, \
+             pg_catalog.pg_current_xact_id_if_assigned() is not null \
+                 or pg_catalog.current_setting('rowcache.began', true) is distinct from 'true' as dirty from {view}"
+        );
+        let row = sqlx::query(AssertSqlSafe(ask)).persistent(!self.access.pooler).fetch_one(transaction).await?;
+        let lsn = row.try_get::<i64, _>("lsn")?.cast_unsigned();
+        Ok(Stamp { incarnation: incarnation(&row), dirty: row.try_get("dirty")?, lsn })
+    }
+
+    /// What the loader makes, whatever becomes of it.
+    async fn make(&self, keys: &[K], transaction: &mut PgConnection) -> Result<HashMap<K, V>, Failed> {
+        let failed =
+            |why: &str| Failed::Otherwise(Error::new(Kind::Loader, format!("the loader of {} {why}", self.name)));
+        let panicked = |panic: &(dyn std::any::Any + Send)| failed(&format!("panicked: {}", panic_message(panic)));
+        // It may panic before it returns a future as well.
+        let mut making = Box::pin(async { (self.load)(keys, transaction).await });
+        let made = poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| making.as_mut().poll(context))) {
+            Ok(poll) => poll.map(Ok),
+            Err(panic) => std::task::Poll::Ready(Err(panic)),
+        });
+        match made.await {
+            Ok(Ok(made)) => Ok(made),
+            Ok(Err(error)) => Err(match error.downcast::<sqlx::Error>() {
+                Ok(error) if is_connection_error(&error) => Failed::Postgres(*error),
+                Ok(error) => Failed::Otherwise(self.refused(keys, *error)),
+                Err(error) => Failed::Otherwise(Error::with(
+                    Kind::Loader,
+                    format!("the loader of {} failed for {}", self.name, self.of(keys)),
+                    error,
+                )),
+            }),
+            Err(panic) => Err(panicked(&*panic)),
+        }
+    }
+
+    fn refused(&self, keys: &[K], error: sqlx::Error) -> Error {
+        use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, ColumnNotFound, Decode, TypeNotFound};
+        match error {
+            ColumnDecode { .. }
+            | ColumnIndexOutOfBounds { .. }
+            | ColumnNotFound(_)
+            | Decode(_)
+            | TypeNotFound { .. } => {
+                Error::with(Kind::Decode, format!("a row could not be decoded while loading {}", self.of(keys)), error)
+            }
+            error => database_error(&format!("loading {}", self.of(keys)), error),
+        }
+    }
+}
+
+/// One transaction.
+struct Once<'a, K, V, F> {
+    of: &'a Built<K, V, F>,
+    keys: &'a [K],
+}
+
+impl<K, V, F> Attempt for Once<'_, K, V, F>
+where
+    K: Key,
+    V: Send + 'static,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
+{
+    type Answer = (Stamp, HashMap<K, V>);
+
+    async fn run(&self, connection: &mut PgConnection) -> Result<Self::Answer, Failed> {
+        let mut transaction = connection.begin_with(BEGIN).await?;
+        let stamp = self.of.stamp(&mut transaction).await?;
+        let made = self.of.make(self.keys, &mut transaction).await;
+        // There is nothing to commit. Should it fail, the connection is closed.
+        transaction.rollback().await?;
+        Ok((stamp, made?))
+    }
+
+    fn of(&self) -> String {
+        self.of.of(self.keys)
+    }
+
+    fn answered_by((stamp, _): &Self::Answer) -> Option<Incarnation> {
+        stamp.incarnation
+    }
+}
+
+impl<K, V, F> Source<K, V> for Built<K, V, F>
+where
+    K: Key,
+    V: Send + 'static,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
+{
+    fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        Box::pin(async move {
+            let deadline = self.access.deadline();
+            match self.load_together(keys, deadline).await {
+                // One key that fails must not harm those that happen to be loaded with it.
+                Err(error) if keys.len() > 1 && (error.is_refused() || error.is_decode() || error.is_loader()) => {
+                    let mut all = Loaded::none();
+                    for key in keys {
+                        all.push(self.load_together(std::slice::from_ref(key), deadline).await);
+                    }
+                    Ok(all)
+                }
+                outcome => outcome,
+            }
+        })
+    }
+
+    fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        Box::pin(self.load_together(keys, self.access.deadline()))
+    }
+
+    fn digests<'a>(&'a self, _keys: &'a [K]) -> Digesting<'a> {
+        unreachable!("a view is not audited: there is no row to compare")
+    }
+}
