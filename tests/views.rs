@@ -48,6 +48,9 @@ struct Account {
 
 type Accounts = Table<i64, Account>;
 
+/// A row of `orders`.
+type Order = (i64, Option<i64>, i32, i64);
+
 async fn load_accounts(ids: &[i64], db: &mut PgConnection) -> Result<HashMap<i64, Account>, BoxError> {
     let users: Vec<(i64, String)> =
         sqlx::query_as("select id, name from users where id = any($1)").bind(ids).fetch_all(&mut *db).await?;
@@ -307,7 +310,7 @@ pg_test! {
     async fn lists_of_rows(test: Test) {
         let db = shop(test.version).await;
         let node = node(&db).await;
-        let orders: Table<i64, Vec<(i64, Option<i64>, i32, i64)>> =
+        let orders: Table<i64, Vec<Order>> =
             node.list_by("public.orders", ["user_id"], TableOptions::default().bytes(1 << 20)).await.expect("opens");
         let of = async |user: i64| -> Vec<i64> {
             let rows = orders.get(&user).await.expect("loads");
@@ -439,7 +442,7 @@ pg_test! {
         assert!(!theirs.peek(&2).is_known());
         // Of a row of a table it is not known whose entries it is in: all are forgotten.
         theirs.get_many(&[1, 2]).await.expect("loads");
-        let orders: Table<i64, (i64, Option<i64>, i32, i64)> = here.table("public.orders").await.expect("opens");
+        let orders: Table<i64, Order> = here.table("public.orders").await.expect("opens");
         orders.invalidate(&11).await.expect("told");
         there.barrier().await.expect("coherent");
         assert!(!theirs.peek(&1).is_known() && !theirs.peek(&2).is_known());
