@@ -80,6 +80,11 @@ impl Error {
         self.0.kind == Kind::Loader
     }
 
+    /// Whether this says nothing of the row, and another try may succeed.
+    pub(crate) fn is_outage(&self) -> bool {
+        matches!(self.0.kind, Kind::Unavailable | Kind::Timeout | Kind::Refused | Kind::Loader | Kind::Pooler)
+    }
+
     /// The table has no triggers of ours, or not all of them: `rowcache track <table>` puts them on.
     #[must_use]
     pub fn is_not_tracked(&self) -> bool {

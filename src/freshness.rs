@@ -8,14 +8,16 @@
 //!
 //! What each level promises is a lemma; `docs/design.md` has the arguments.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     error::{Error, Kind, Result},
     fill::Join,
     key::Key,
     shared::{Shared, Whose},
-    store::{Answer, Asked, Cached},
+    store::{Answer, Asked, Cached, Entry, Outcome},
     table::Table,
     token::{Token, incarnation_id},
 };
@@ -91,11 +93,22 @@ pub(crate) struct Terms {
     join: Join,
     /// What is returned must be of the incarnation of this token.
     of: Option<Token>,
+    /// When what is held will do in place of a load. `None`: never.
+    rescue: Option<Rescued>,
+}
+
+/// What is held, in place of a load.
+#[derive(Clone, Copy)]
+struct Rescued {
+    /// If Postgres does not answer.
+    max: Duration,
+    /// Or not before this.
+    soft: Option<Instant>,
 }
 
 impl Terms {
-    const COHERENT: Self = Self { stale: false, join: Join::Running, of: None };
-    const CURRENT: Self = Self { stale: false, join: Join::Coherent, of: None };
+    const COHERENT: Self = Self { stale: false, join: Join::Running, of: None, rescue: None };
+    const CURRENT: Self = Self { stale: false, join: Join::Coherent, of: None, rescue: None };
 }
 
 impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
@@ -174,7 +187,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     async fn terms(&self, freshness: Freshness) -> Result<Terms> {
         match freshness {
             Freshness::Coherent => Ok(self.coherent_terms()),
-            Freshness::Any => Ok(Terms { stale: true, ..Terms::COHERENT }),
+            Freshness::Any => Ok(Terms { stale: true, ..self.coherent_terms() }),
             Freshness::Within(limit) => {
                 self.refuse_in_doubt()?;
                 // The age is looked at before the entry is: in between, entries can only become fresher.
@@ -193,13 +206,22 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
 
     /// What [`get`](Self::get) accepts.
     pub(crate) fn coherent_terms(&self) -> Terms {
+        let rescue = self.store.rescue();
+        let rescue = rescue.map(|it| Rescued { max: it.max, soft: it.after.map(|after| Instant::now() + after) });
+        let terms = Terms { rescue, ..Terms::COHERENT };
         match self.fallback {
             Fallback::ServeStale { max } if !self.store.is_coherent() && self.shared().age() <= max => {
-                Terms { stale: true, ..Terms::COHERENT }
+                Terms { stale: true, ..terms }
             }
             // With `Fail`, a miss is refused where it would be loaded.
-            Fallback::Bypass | Fallback::ServeStale { .. } | Fallback::Fail => Terms::COHERENT,
+            Fallback::Bypass | Fallback::ServeStale { .. } | Fallback::Fail => terms,
         }
+    }
+
+    /// What is held, in place of a load.
+    fn rescued(&self, key: &K, terms: Terms) -> Option<Arc<Entry<V>>> {
+        let max = terms.rescue?.max;
+        self.store.rescued(key, self.shared().age() <= max)
     }
 
     async fn fenced_terms(&self) -> Result<Terms> {
@@ -249,7 +271,9 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
             return Ok(Asked::Hit(entry));
         }
         self.refuse_in_doubt()?;
-        self.refuse_unknown()?;
+        if let Err(error) = self.refuse_unknown() {
+            return self.rescued(key, terms).map(Asked::Hit).ok_or(error);
+        }
         Ok(self.store.ask(key, terms.join, wanted))
     }
 
@@ -260,13 +284,37 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
             Asked::Hit(_) => self.shared().look(|coherence| coherence.incarnation()),
             Asked::Wait(_) => None,
         };
-        let Answer { entry, read } = self.answer(key, asked).await?;
+        let Answer { entry, read } = match self.answer_or_rescue(key, asked, terms).await {
+            Ok(answer) => answer,
+            Err(error) if error.is_outage() => match self.rescued(key, terms) {
+                Some(entry) => return Ok(Cached::new(entry)),
+                None => return Err(error),
+            },
+            Err(error) => return Err(error),
+        };
         match terms.of {
             Some(token) if held.or(read).map(incarnation_id) != Some(token.incarnation) => {
                 Err(Shared::other_incarnation(token))
             }
             _ => Ok(Cached::new(entry)),
         }
+    }
+
+    /// The answer; or, if that takes longer than callers are to wait, what is held, if there is something.
+    async fn answer_or_rescue(&self, key: &K, asked: Asked<V>, terms: Terms) -> Outcome<V> {
+        let mut asked = asked;
+        if let (Asked::Wait(answer), Some(soft)) = (&mut asked, terms.rescue.and_then(|rescue| rescue.soft)) {
+            match timeout_at(soft, answer).await {
+                Ok(Ok(outcome)) => return outcome,
+                Ok(Err(_)) => return Err(self.given_up(key)),
+                Err(_) => {
+                    if let Some(entry) = self.rescued(key, terms) {
+                        return Ok(Answer { entry, read: None });
+                    }
+                }
+            }
+        }
+        self.answer(key, asked).await
     }
 
     /// The rows, if all are held and are what one snapshot of the database shows.

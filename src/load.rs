@@ -21,11 +21,19 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
 ) {
     loop {
         // Never closed, so never an error; the permit is held until the rows are published.
-        let _turn = shared.loads.acquire().await;
+        let _turn = if runner.is_refused(shared.host.now()) { None } else { shared.loads.acquire().await.ok() };
+        if runner.refuse(shared.host.now()) {
+            if runner.has_retired() {
+                return;
+            }
+            continue;
+        }
         let began = shared.load_begins();
         let at = Tenths::at(shared.host.now());
         let Some(keys) = runner.take() else { return };
-        match source.load(keys).await {
+        let loaded = source.load(keys).await;
+        runner.asked(loaded.as_ref().map(|_| ()), shared.host.now());
+        match loaded {
             Ok(loaded) => {
                 let stamp = loaded.stamp;
                 let whose = shared.whose(stamp.incarnation, began);

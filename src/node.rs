@@ -128,7 +128,7 @@ impl Node {
         let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
         let hashed = tracked.secret.clone().map(Hashed::new);
         self.cache(&tracked.name, vec![on], hashed, &options, |keeps| {
-            Arc::new(Rows::<K, V>::new(self.access(), &tracked, &[], keeps))
+            Arc::new(Rows::<K, V>::new(self.access(&options), &tracked, &[], keeps))
         })
     }
 
@@ -181,7 +181,7 @@ impl Node {
         let (tracked, on, _) = self.by_columns::<K>(name, columns).await?;
         let cache = format!("{}({})", tracked.name, tracked.key_columns.join(","));
         self.cache(&cache, vec![on], None, &options, |keeps| {
-            Arc::new(Rows::<K, V>::new(self.access(), &tracked, &[], keeps))
+            Arc::new(Rows::<K, V>::new(self.access(&options), &tracked, &[], keeps))
         })
     }
 
@@ -209,7 +209,7 @@ impl Node {
         let (tracked, on, order) = self.by_columns::<K>(name, columns).await?;
         let cache = format!("{}({})[]", tracked.name, tracked.key_columns.join(","));
         self.cache(&cache, vec![on], None, &options, |keeps| {
-            Arc::new(Rows::<K, Vec<V>, List>::new(self.access(), &tracked, &order, keeps))
+            Arc::new(Rows::<K, Vec<V>, List>::new(self.access(&options), &tracked, &order, keeps))
         })
     }
 
@@ -235,13 +235,13 @@ impl Node {
     }
 
     /// How loads ask the pool.
-    pub(crate) fn access(&self) -> Access {
+    pub(crate) fn access(&self, options: &TableOptions) -> Access {
         let config = &self.handle.shared.config;
         let judge = Arc::clone(&self.handle.shared);
         Access {
             pool: self.postgres.pool.clone(),
             pooler: config.pooler,
-            timeout: config.load_timeout,
+            timeout: options.load_timeout.unwrap_or(config.load_timeout),
             standby: Arc::clone(&self.postgres.standby),
             // Without a line nobody knows which server is the right one.
             ours: Box::new(move |incarnation| judge.look(|it| !it.has_line() || it.incarnation() == incarnation)),
@@ -277,7 +277,7 @@ impl Node {
             let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
             let store = Store::<K, V>::new(options.bounds(), limits, hashed);
             let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
-            let store = Arc::new(store.expiring(expiry).reloading(reload));
+            let store = Arc::new(store.expiring(expiry).reloading(reload).breaking(options.breaker));
             shared.tables.add_on(name, on, &(Arc::clone(&store) as Arc<dyn Member>));
             // It may be the first one for which the log is polled between fences.
             shared.wake.notify_one();

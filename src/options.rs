@@ -12,7 +12,7 @@ use crate::{
     audit,
     error::{Error, Kind, Result},
     freshness::Fallback,
-    store::{Bounds, Expiry, Lifetime, Weigh},
+    store::{Bounds, Expiry, Lifetime, Rescue, Weigh},
 };
 
 /// Options of one table. More will come; start from `Default`.
@@ -37,6 +37,24 @@ use crate::{
 ///     .idle(Duration::from_secs(900))
 ///     // One that has ended has no time left: it is returned, and not held.
 ///     .lifetime(|session: &Session| Some(session.ends.duration_since(SystemTime::now()).unwrap_or_default()));
+/// # let _ = options;
+/// ```
+///
+/// # When Postgres does not answer
+///
+/// A load fails after [`load_timeout`](Self::load_timeout), and everybody who waits for it is told. With
+/// [`stale_if_error`](Self::stale_if_error) they are given what is held, if it is not known to be wrong; with
+/// [`soft_timeout`](Self::soft_timeout), before that. After a few loads that did not reach Postgres, the others fail at once
+/// ([`breaker`](Self::breaker)).
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use rowcache::TableOptions;
+///
+/// let options = TableOptions::default()
+///     .stale_if_error(Duration::from_secs(300))
+///     .soft_timeout(Duration::from_millis(100));
 /// # let _ = options;
 /// ```
 ///
@@ -94,6 +112,21 @@ pub struct TableOptions {
     /// meanwhile: so nobody waits for what is used all the time. Default: none.
     pub refresh_ahead: Option<f64>,
     lifetime: Option<Erased>,
+    /// When a load fails because Postgres does not answer or refuses, what is held answers all the same: for this long after it has
+    /// expired; and while the node is not coherent, for this long after the last fence was sent. It is never a row that is known
+    /// to have changed, nor one whose [`lifetime`](Self::lifetime) has ended. Reads that ask for more than
+    /// [`Freshness::Coherent`](crate::Freshness::Coherent) fail. Default: none, reads fail.
+    pub stale_if_error: Option<Duration>,
+    /// Callers wait so long for a load, if `stale_if_error` has something for them; then they are given that, and the load goes on.
+    /// Default: none, they wait for [`load_timeout`](Self::load_timeout).
+    pub soft_timeout: Option<Duration>,
+    /// A load fails that takes longer than this, the wait for a connection included. Of this handle and its clones alone. Default:
+    /// [`Config::load_timeout`](crate::Config::load_timeout).
+    pub load_timeout: Option<Duration>,
+    /// After so many loads in a row that did not reach Postgres (statements, not keys), further ones fail at once
+    /// ([`is_unavailable`](crate::Error::is_unavailable)), but for one a second, until one succeeds or the node becomes coherent. Callers do
+    /// not wait for what will not come, and a server that comes back is not met by a crowd. Default 5; `None`: each load tries.
+    pub breaker: Option<NonZeroU32>,
     /// What becomes of a row that has changed. Default: it is forgotten.
     pub on_change: OnChange,
     /// What reads do while the node is not coherent. Of this handle and its clones alone: another handle of the same table
@@ -136,6 +169,10 @@ impl Default for TableOptions {
             idle: None,
             refresh_ahead: None,
             lifetime: None,
+            stale_if_error: None,
+            soft_timeout: None,
+            load_timeout: None,
+            breaker: NonZeroU32::new(5),
             on_change: OnChange::default(),
             fallback: Fallback::default(),
             refill: 0,
@@ -221,6 +258,34 @@ impl TableOptions {
         self
     }
 
+    /// With what is held served when Postgres does not answer, for up to so long.
+    #[must_use]
+    pub fn stale_if_error(mut self, max: Duration) -> Self {
+        self.stale_if_error = Some(max);
+        self
+    }
+
+    /// With callers who wait so long for a load before what is held is served.
+    #[must_use]
+    pub fn soft_timeout(mut self, wait: Duration) -> Self {
+        self.soft_timeout = Some(wait);
+        self
+    }
+
+    /// With loads that may take so long.
+    #[must_use]
+    pub fn load_timeout(mut self, limit: Duration) -> Self {
+        self.load_timeout = Some(limit);
+        self
+    }
+
+    /// With loads refused after so many in a row that did not reach Postgres; `None`: never.
+    #[must_use]
+    pub fn breaker(mut self, failures: impl Into<Option<NonZeroU32>>) -> Self {
+        self.breaker = failures.into();
+        self
+    }
+
     /// With this to do when a row has changed.
     #[must_use]
     pub fn on_change(mut self, on_change: OnChange) -> Self {
@@ -282,6 +347,12 @@ impl TableOptions {
         if !(0.0..=1.0).contains(&self.jitter) {
             return wrong("`jitter` is a share of `ttl`, from 0 to 1".into());
         }
+        if self.soft_timeout.is_some() && self.stale_if_error.is_none() {
+            return wrong("`soft_timeout` gives callers what `stale_if_error` allows, which is not set".into());
+        }
+        if [self.soft_timeout, self.load_timeout].contains(&Some(Duration::ZERO)) {
+            return wrong("`soft_timeout` and `load_timeout` must be more than nothing".into());
+        }
         if let Some(share) = self.refresh_ahead {
             if !(share > 0.0 && share < 1.0) {
                 return wrong("`refresh_ahead` is a share of an entry's life: more than 0, and less than 1".into());
@@ -298,7 +369,8 @@ impl TableOptions {
     /// How long entries live.
     pub(crate) fn expiry<V: 'static>(&self) -> Result<Expiry<V>> {
         let of = self.lifetime.as_ref().map(|erased| erased.get::<Lifetime<V>, V>("lifetime")).transpose()?;
-        Ok(Expiry { ttl: self.ttl, jitter: self.jitter, idle: self.idle, of: of.cloned() })
+        let rescue = self.stale_if_error.map(|max| Rescue { max, after: self.soft_timeout });
+        Ok(Expiry { ttl: self.ttl, jitter: self.jitter, idle: self.idle, of: of.cloned(), rescue })
     }
 
     pub(crate) fn bounds(&self) -> Bounds {
@@ -367,6 +439,8 @@ mod tests {
         let short = Duration::from_millis(999);
         for (wrong, names) in [
             (options().ttl(short), "`ttl`"),
+            (options().soft_timeout(short), "`stale_if_error`"),
+            (options().load_timeout(Duration::ZERO), "`load_timeout`"),
             (options().idle(short), "`idle`"),
             (options().jitter(1.5), "`jitter`"),
             (options().jitter(f64::NAN), "`jitter`"),

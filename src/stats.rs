@@ -46,6 +46,12 @@ pub struct Stats {
     pub uncached: u64,
     /// Loads that failed.
     pub failed: u64,
+    /// Of the failed: those that were refused without a statement, because Postgres had not answered lately
+    /// ([`TableOptions::breaker`](crate::TableOptions::breaker)).
+    pub refused: u64,
+    /// Misses that were answered by what was held, because the load failed or took too long
+    /// ([`TableOptions::stale_if_error`](crate::TableOptions::stale_if_error)).
+    pub rescued: u64,
     /// Loads that found no row.
     pub not_found: u64,
     /// Batches that these loads were sent in: one SQL statement each, unless Postgres refused it, and its keys were then
@@ -146,6 +152,8 @@ pub(crate) struct Counters {
     pub(crate) voided: Counter,
     pub(crate) uncached: Counter,
     pub(crate) failed: Counter,
+    pub(crate) refused: Counter,
+    pub(crate) rescued: Counter,
     pub(crate) not_found: Counter,
     pub(crate) queries: Counter,
     pub(crate) invalidations: Counter,
@@ -198,6 +206,8 @@ impl Counters {
             voided: self.voided.get(),
             uncached: self.uncached.get(),
             failed: self.failed.get(),
+            refused: self.refused.get(),
+            rescued: self.rescued.get(),
             not_found: self.not_found.get(),
             queries: self.queries.get(),
             invalidations: self.invalidations.get(),

@@ -95,6 +95,7 @@ pub(crate) struct Store<K, V> {
     pub(crate) is_audited: bool,
     weigh: Weigh<V>,
     unknown: Unknown,
+    breaker: Breaker,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
     /// When somebody should look for what has expired.
@@ -143,12 +144,19 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             reclaims: AtomicU64::new(0),
             sample: Sample::default(),
             unknown: Unknown::default(),
+            breaker: Breaker::default(),
             expiry: Expiry::default(),
             reload: None,
             next_look: std::sync::atomic::AtomicU32::new(0),
             is_audited: false,
             weigh: Weigh::One,
         }
+    }
+
+    /// The store of a table of which no more is asked after so many loads in a row that did not reach Postgres.
+    pub(crate) fn breaking(mut self, after: Option<std::num::NonZeroU32>) -> Self {
+        self.breaker.after = after;
+        self
     }
 
     /// Whether entries are weighed by the length of their rows as they were received.
@@ -441,10 +449,14 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         if self.gate.word().is_coherent() {
             self.counters.clears.add(1);
         }
+        if word.is_coherent() {
+            self.breaker.reset();
+        }
         self.gate.show(word, before);
     }
 
     fn resume(&self) -> bool {
+        self.breaker.reset();
         self.gate.resume()
     }
 
@@ -504,7 +516,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         // Not `clear`: what has been loaded since is alive. `remove_if` reclaims here, it does not invalidate: the gate
         // has done that. Key by key, so that no reader waits for long, and values are dropped under no lock.
         let is_dead = |entry: &Arc<Entry<V>>| {
-            (entry.word != self.gate.word() && !self.gate.is_stale(entry.word)) || self.has_expired(entry)
+            (entry.word != self.gate.word() && !self.gate.is_stale(entry.word)) || self.is_gone(entry)
         };
         let dead: Vec<K> = self.entries.iter().filter(|(_, entry)| is_dead(entry)).map(|(key, _)| key).collect();
         for key in dead {
@@ -527,10 +539,12 @@ pub(crate) enum Weigh<V> {
     With(std::sync::Arc<dyn Fn(&V) -> usize + Send + Sync>),
 }
 
+mod breaker;
 mod entry;
 mod expiry;
 mod held;
 mod reload;
+mod rescue;
 mod runner;
 mod sample;
 mod sweep;
@@ -538,6 +552,7 @@ mod unknown;
 #[cfg(any(all(test, shuttle), fuzzing))]
 mod whole;
 
+use breaker::Breaker;
 pub use entry::Cached;
 pub(crate) use entry::Entry;
 use expiry::Life;
@@ -545,6 +560,7 @@ pub(crate) use expiry::{Expiry, Lifetime};
 pub(crate) use held::Bounds;
 use held::{Held, Removed};
 pub(crate) use reload::{Due, Reload};
+pub(crate) use rescue::Rescue;
 pub(crate) use runner::{Origin, Runner};
 use sample::Sample;
 pub(crate) use sample::Served;

@@ -247,11 +247,14 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     pub(crate) async fn answer(&self, key: &K, asked: Asked<V>) -> Outcome<V> {
         match asked {
             Asked::Hit(entry) => Ok(Answer { entry, read: None }),
-            Asked::Wait(answer) => answer.await.unwrap_or_else(|_| {
-                let key = if self.store.hashed.is_some() { "…".into() } else { key::display(&key.to_parts()) };
-                Err(Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name)))
-            }),
+            Asked::Wait(answer) => answer.await.unwrap_or_else(|_| Err(self.given_up(key))),
         }
+    }
+
+    /// Nobody will answer.
+    pub(crate) fn given_up(&self, key: &K) -> Error {
+        let key = if self.store.hashed.is_some() { "…".into() } else { key::display(&key.to_parts()) };
+        Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name))
     }
 }
 

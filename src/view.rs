@@ -120,7 +120,7 @@ impl<'n> View<'n> {
         for (table, columns) in &self.on {
             on.push(self.node.depend::<K>(table, columns.as_deref(), Widths::Any).await?.0);
         }
-        let access = self.node.access();
+        let access = self.node.access(&self.options);
         let source = Built::new(access, &name, load);
         self.node.cache(&name, on, None, &self.options, |_| std::sync::Arc::new(source))
     }

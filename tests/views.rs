@@ -237,7 +237,7 @@ pg_test! {
         let begins = Arc::new(AtomicBool::new(false));
         let mut config = Config::from_url(&db.url).expect("a good URL");
         let switch = Arc::clone(&begins);
-        config.pool = config.pool.before_acquire(move |connection, _| {
+        config.pool = config.pool.max_connections(1).before_acquire(move |connection, _| {
             let begins = switch.load(Ordering::Relaxed);
             Box::pin(async move {
                 if begins {

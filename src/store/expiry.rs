@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Due, Entry, Key, Reload, Store, discard};
+use super::{Due, Entry, Key, Reload, Rescue, Store, discard};
 use crate::{digest::Tenths, sync::Arc};
 
 /// How long the entries of one table live.
@@ -23,13 +23,15 @@ pub(crate) struct Expiry<V> {
     pub(crate) idle: Option<Duration>,
     /// In place of `ttl`, for rows of which this knows better.
     pub(crate) of: Option<Lifetime<V>>,
+    /// For how long what has expired is kept, for whom Postgres does not answer.
+    pub(crate) rescue: Option<Rescue>,
 }
 
 pub(crate) type Lifetime<V> = std::sync::Arc<dyn Fn(&V) -> Option<Duration> + Send + Sync>;
 
 impl<V> Default for Expiry<V> {
     fn default() -> Self {
-        Self { ttl: None, jitter: 0.0, idle: None, of: None }
+        Self { ttl: None, jitter: 0.0, idle: None, of: None, rescue: None }
     }
 }
 
@@ -47,9 +49,12 @@ impl<V> Expiry<V> {
         let share = reload.and_then(Reload::early);
         let early = share.zip(ttl).map(|(share, ttl)| from.plus(ttl.mul_f64(share)));
         let early = early.unwrap_or(Tenths::NEVER);
+        // What a row says of itself is no safety net: it has ended.
+        let grace = self.rescue.filter(|_| given.is_none()).map(|rescue| rescue.max);
+        let gone = grace.map_or(until, |grace| until.plus(grace));
         let watches_use = self.idle.is_some() || reload.is_some_and(Reload::watches_use);
         let due = if watches_use { Tenths::BOOT } else { until.min(early) };
-        Life { due, until, early: AtomicU32::new(early.get()), used: AtomicU32::new(0) }
+        Life { due, until, gone, early: AtomicU32::new(early.get()), used: AtomicU32::new(0) }
     }
 
     /// How often it is worth while to look for what has expired. `None`: never.
@@ -67,6 +72,8 @@ pub(super) struct Life {
     /// The first moment at which a hit has to look at the rest.
     pub(super) due: Tenths,
     until: Tenths,
+    /// When it is of no use any more even for whom Postgres does not answer.
+    gone: Tenths,
     /// When it is read again, if it is used.
     early: AtomicU32,
     /// When it was last used, if somebody wants to know. 0: not since its load.
@@ -84,6 +91,7 @@ impl Life {
         Self {
             due: Tenths::NEVER,
             until: Tenths::NEVER,
+            gone: Tenths::NEVER,
             early: AtomicU32::new(Tenths::NEVER.get()),
             used: AtomicU32::new(0),
         }
@@ -106,9 +114,14 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         entry.life.until <= now || self.expiry.idle.is_some_and(|idle| unused() >= idle)
     }
 
+    /// Whether it has expired, and will not be served to anybody.
+    pub(super) fn is_gone(&self, entry: &Entry<V>) -> bool {
+        self.has_expired(entry) && (entry.life.until > self.gate.now() || entry.life.gone <= self.gate.now())
+    }
+
     /// Takes the entry of `key` away if it would be served but for its age. Under the key's stripe lock; to be dropped after it.
     pub(super) fn remove_expired(&self, key: &K) -> Option<Arc<Entry<V>>> {
-        let is_expired = |entry: &Arc<Entry<V>>| entry.word == self.gate.word() && self.has_expired(entry);
+        let is_expired = |entry: &Arc<Entry<V>>| entry.word == self.gate.word() && self.is_gone(entry);
         let removed = self.entries.remove_if(key, is_expired)?;
         self.counters.expired.add(1);
         Some(removed)

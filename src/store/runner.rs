@@ -40,13 +40,22 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
 
     /// Starts loads of all keys that wait, up to the limit. `None` when none waits: the runner has retired.
     pub(crate) fn take(&mut self) -> Option<&[K]> {
+        if self.grab() == 0 {
+            return None;
+        }
+        self.store.counters.queries.add(1);
+        Some(self.batch.make_contiguous())
+    }
+
+    /// As [`take`](Self::take), without a statement. Returns how many.
+    pub(super) fn grab(&mut self) -> usize {
         debug_assert!(self.batch.is_empty(), "a batch is finished before the next one is taken");
         let store = &self.store;
         let mut queue = lock(&store.queue);
         if queue.keys.is_empty() {
             queue.runners -= 1;
             self.retired = true;
-            return None;
+            return 0;
         }
         let size = queue.keys.len().min(store.limits.batch_max);
         self.batch.extend(queue.keys.drain(..size));
@@ -55,8 +64,12 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
             store.start(key);
         }
         store.counters.loads.add(size as u64);
-        store.counters.queries.add(1);
-        Some(self.batch.make_contiguous())
+        size
+    }
+
+    /// Whether no key waited when it looked for some: it must not be used any more.
+    pub(crate) fn has_retired(&self) -> bool {
+        self.retired
     }
 
     /// Ends the loads of the batch, with one result per key in the order of the keys.

@@ -1,4 +1,4 @@
-//! The mutants of views.
+//! The mutants of views, and of what is served when Postgres does not answer.
 
 use super::table::{
     Catcher::{Test, Unit},
@@ -86,5 +86,61 @@ pub(super) const MUTANTS: &[Mutant] = &[
         text: "        if !is_new && shared",
         instead: "        if false && !is_new && shared",
         catchers: &[Test("views", "what_cannot_be_watched")],
+    },
+    Mutant {
+        name: "rescue-word",
+        protection: "what is known to be wrong is not served, whatever fails (I3)",
+        file: "src/store/rescue.rs",
+        text: "let fits = entry.word == self.gate.word() || in_gap && self.gate.is_stale(entry.word);",
+        instead: "let fits = in_gap || !in_gap;",
+        catchers: &[Test("outage", "what_has_expired")],
+    },
+    Mutant {
+        name: "rescue-for-ever",
+        protection: "what has expired is served for so long, and no longer",
+        file: "src/store/rescue.rs",
+        text: "if !fits || self.is_gone(&entry) {",
+        instead: "if !fits {",
+        catchers: &[Test("outage", "not_for_ever")],
+    },
+    Mutant {
+        name: "rescue-in-gap",
+        protection: "in a gap, what is older than allowed is not served",
+        file: "src/freshness.rs",
+        text: "self.store.rescued(key, self.shared().age() <= max)",
+        instead: "self.store.rescued(key, self.shared().age() <= max.max(Duration::from_hours(1)))",
+        catchers: &[Test("outage", "in_a_gap")],
+    },
+    Mutant {
+        name: "rescue-ended",
+        protection: "a row that says itself that it has ended is not served",
+        file: "src/store/expiry.rs",
+        text: "self.rescue.filter(|_| given.is_none())",
+        instead: "self.rescue",
+        catchers: &[Test("outage", "not_for_ever")],
+    },
+    Mutant {
+        name: "rescue-fenced",
+        protection: "who asks for more than the promise is not given what has expired",
+        file: "src/freshness.rs",
+        text: "join: Join::Coherent, of: None, rescue: None };",
+        instead: "join: Join::Coherent, of: None, rescue: Some(Rescued { max: Duration::MAX, soft: None }) };",
+        catchers: &[Test("outage", "what_has_expired")],
+    },
+    Mutant {
+        name: "breaker",
+        protection: "a server that does not answer is not asked all the time",
+        file: "src/store/breaker.rs",
+        text: "        if breaker.admits(now) {\n            return false;",
+        instead: "        if breaker.admits(now) || self.store.breaker.after.is_some() {\n            return false;",
+        catchers: &[Test("outage", "loads_are_refused")],
+    },
+    Mutant {
+        name: "breaker-coherent",
+        protection: "loads are tried at once when the node is coherent again",
+        file: "src/store.rs",
+        text: "        if word.is_coherent() {\n            self.breaker.reset();\n        }\n",
+        instead: "",
+        catchers: &[Test("outage", "whoever_is_coherent")],
     },
 ];
