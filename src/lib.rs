@@ -62,6 +62,7 @@
 //! | `table` | the story of `get` |
 //! | `node` | start, open tables, wait, stop |
 //! | `view` | entries that are made of several rows |
+//! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
 //! | `load` | runs loads, in greedy batches |
@@ -139,6 +140,7 @@ mod tls;
 mod token;
 mod transaction;
 mod view;
+mod write;
 
 pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
@@ -161,6 +163,7 @@ pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;
 pub use view::View;
+pub use write::{Ticket, Work};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -221,7 +221,8 @@ impl Node {
     ) -> Result<(TrackedTable, On, Vec<String>)> {
         let key_columns: Vec<String> = columns.into_iter().map(Into::into).collect();
         let (on, order) = self.depend::<K>(name, Some(&key_columns), Widths::Exact).await?;
-        Ok((TrackedTable { name: on.table.clone(), key_columns, trust: on.trust.clone(), secret: None }, on, order))
+        let (name, trust) = (on.table.clone(), on.trust.clone());
+        Ok((TrackedTable { name, key_columns, is_keyed: false, trust, secret: None }, on, order))
     }
 
     /// How a cache under `K` depends on a table, and the columns of the table's key.
@@ -290,6 +291,7 @@ impl Node {
         // Of the store, whatever the options of this call: whoever loads, its entries must have what it asks them for.
         let keeps = Keeps { digests: store.is_audited, lengths: store.weighs_received() };
         let table = Table::new(Arc::clone(&self.handle), store, source(keeps), name, options.fallback);
+        let table = table.writing(self.postgres.writes.clone());
         if is_new && options.refill > 0 {
             let store = Arc::downgrade(&table.store);
             let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);

@@ -2,7 +2,13 @@
 
 use std::{future::Future, pin::Pin};
 
-use crate::{coherence::Incarnation, digest::Digest, error::Result};
+use sqlx::PgConnection;
+
+use crate::{
+    coherence::Incarnation,
+    digest::Digest,
+    error::{Error, Kind, Result},
+};
 
 /// Reads rows by key.
 pub(crate) trait Source<K, V>: Send + Sync {
@@ -17,7 +23,19 @@ pub(crate) trait Source<K, V>: Send + Sync {
     /// What the rows of these keys are now, by one statement of its own, with no code of the user's. A key may be there
     /// more than once.
     fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a>;
+
+    /// The row of this key in this transaction, which nobody else changes before it ends; and who calls this for the same key waits for that.
+    fn lock<'a>(&'a self, _key: &'a K, _transaction: &'a mut PgConnection) -> Locking<'a, V> {
+        Box::pin(async {
+            let message =
+                "only rows of a table, by its own key, can be modified: a view and a list are made of several";
+            Err(Error::new(Kind::Config, message))
+        })
+    }
 }
+
+/// A row that is being locked.
+pub(crate) type Locking<'a, V> = Pin<Box<dyn Future<Output = Result<Option<V>>> + Send + 'a>>;
 
 /// A load under way.
 pub(crate) type Loading<'a, V> = Pin<Box<dyn Future<Output = Result<Loaded<V>>> + Send + 'a>>;

@@ -52,6 +52,8 @@ pub struct Stats {
     /// Misses that were answered by what was held, because the load failed or took too long
     /// ([`TableOptions::stale_if_error`](crate::TableOptions::stale_if_error)).
     pub rescued: u64,
+    /// Rows that somebody has read or written by himself, and put in ([`Table::ticket`](crate::Table::ticket)).
+    pub put: u64,
     /// Loads that found no row.
     pub not_found: u64,
     /// Batches that these loads were sent in: one SQL statement each, unless Postgres refused it, and its keys were then
@@ -154,6 +156,7 @@ pub(crate) struct Counters {
     pub(crate) failed: Counter,
     pub(crate) refused: Counter,
     pub(crate) rescued: Counter,
+    pub(crate) put: Counter,
     pub(crate) not_found: Counter,
     pub(crate) queries: Counter,
     pub(crate) invalidations: Counter,
@@ -208,6 +211,7 @@ impl Counters {
             failed: self.failed.get(),
             refused: self.refused.get(),
             rescued: self.rescued.get(),
+            put: self.put.get(),
             not_found: self.not_found.get(),
             queries: self.queries.get(),
             invalidations: self.invalidations.get(),

@@ -6,11 +6,11 @@
 //! changes  invalidate / the gate moves
 //! ```
 //!
-//! Only [`Runner::finish`] adds entries; only an invalidation, the gate, or lack of space takes them away.
+//! Only [`Runner::finish`] and [`Store::put`] add entries; only an invalidation, the gate, or lack of space takes them away.
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
 //! **Lock order**: a key's stripe, then `quick_cache`'s shard, then the pins (`held.rs`); or, after the stripe, the index of hashes
-//! (`hashed.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
+//! (`hashed.rs`), or the tickets (`ticket.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
 //! `Clone`. Values are dropped after the locks are released.
 //!
 //! The race that a cache must not lose (X1), and the line that closes it:
@@ -96,6 +96,8 @@ pub(crate) struct Store<K, V> {
     weigh: Weigh<V>,
     unknown: Unknown,
     breaker: Breaker,
+    /// Protects which rows that somebody reads by himself may be put in.
+    tickets: Mutex<Tickets<K>>,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
     /// When somebody should look for what has expired.
@@ -145,6 +147,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             sample: Sample::default(),
             unknown: Unknown::default(),
             breaker: Breaker::default(),
+            tickets: Mutex::default(),
             expiry: Expiry::default(),
             reload: None,
             next_look: std::sync::atomic::AtomicU32::new(0),
@@ -322,6 +325,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if let Some(flight) = flights.get_mut(key) {
             flight.void();
         }
+        self.take_ticket_away(key);
         let removed = self.entries.remove(key);
         drop(flights);
         self.note_change(key, &removed);
@@ -367,6 +371,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         });
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
+        self.take_ticket_away(key);
         let word = self.gate.word();
         let mut removed = Removed::default();
         let outcome = made.map(|(weight, life, value)| {
@@ -548,6 +553,7 @@ mod rescue;
 mod runner;
 mod sample;
 mod sweep;
+mod ticket;
 mod unknown;
 #[cfg(any(all(test, shuttle), fuzzing))]
 mod whole;
@@ -564,6 +570,8 @@ pub(crate) use rescue::Rescue;
 pub(crate) use runner::{Origin, Runner};
 use sample::Sample;
 pub(crate) use sample::Served;
+pub(crate) use ticket::Drawn;
+use ticket::Tickets;
 use unknown::Unknown;
 
 #[cfg(test)]

@@ -69,6 +69,8 @@ struct Plan {
     hashed: bool,
     /// What is held is read again, and expires, and is looked for.
     ages: bool,
+    /// Rows that were read without the store are put in.
+    puts: bool,
     /// Loads fail, runners die and callers are cancelled, now and then.
     accidents: bool,
 }
@@ -256,6 +258,17 @@ fn scenario(plan: Plan) {
             Member::tick(&*world.store, Tenths::BOOT);
         }));
     }
+    if plan.puts {
+        let world = Arc::clone(&world);
+        threads.push(thread::spawn(move || {
+            for key in [0, 0, 1] {
+                let drawn = world.store.draw(&key);
+                let row = lock(&world.database)[usize::try_from(key).unwrap()];
+                thread::yield_now();
+                world.store.put(&key, drawn, Some(row), OURS);
+            }
+        }));
+    }
     if plan.hashed {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || {
@@ -301,8 +314,16 @@ fn iterations() -> usize {
     std::env::var("SHUTTLE_ITERATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000)
 }
 
-const CALM: Plan =
-    Plan { capacity: 8, clears: false, gaps: false, moods: false, hashed: false, ages: false, accidents: false };
+const CALM: Plan = Plan {
+    capacity: 8,
+    clears: false,
+    gaps: false,
+    moods: false,
+    hashed: false,
+    ages: false,
+    puts: false,
+    accidents: false,
+};
 
 #[test]
 fn shuttle_reads_against_changes() {
@@ -317,6 +338,16 @@ fn shuttle_reads_against_age() {
 #[test]
 fn shuttle_reads_against_age_and_gaps_and_accidents() {
     check(Plan { ages: true, hashed: true, gaps: true, accidents: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_rows_that_are_put_in() {
+    check(Plan { puts: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_puts_and_hashes_and_gaps() {
+    check(Plan { puts: true, hashed: true, gaps: true, clears: true, ..CALM });
 }
 
 #[test]

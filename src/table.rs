@@ -10,7 +10,7 @@
 
 use std::{fmt, sync::Arc};
 
-use sqlx::postgres::PgRow;
+use sqlx::{PgPool, postgres::PgRow};
 
 use crate::{
     change::{Change, RowKey, Rows},
@@ -41,6 +41,8 @@ pub struct Table<K: Key, V: Send + Sync + 'static> {
     pub(crate) store: Arc<Store<K, V>>,
     pub(crate) source: Arc<dyn Source<K, V>>,
     pub(crate) fallback: Fallback,
+    /// Where its transactions begin. None in a simulation.
+    pub(crate) writes: Option<PgPool>,
     name: Arc<str>,
 }
 
@@ -88,7 +90,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         name: &str,
         fallback: Fallback,
     ) -> Self {
-        Self { handle, store, source, fallback, name: name.into() }
+        Self { handle, store, source, fallback, writes: None, name: name.into() }
     }
 
     /// The row with this key: from memory if it is held, else from Postgres. `None`: there is no such row.
@@ -236,6 +238,10 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         &self.handle.shared
     }
 
+    pub(crate) fn handle(&self) -> &Arc<Handle> {
+        &self.handle
+    }
+
     pub(crate) fn start_loads(&self, wanted: Vec<K>) {
         for runner in self.store.enqueue(wanted) {
             let shared = Arc::clone(&self.handle.shared);
@@ -265,6 +271,7 @@ impl<K: Key, V: Send + Sync + 'static> Clone for Table<K, V> {
             store: Arc::clone(&self.store),
             source: Arc::clone(&self.source),
             fallback: self.fallback,
+            writes: self.writes.clone(),
             name: Arc::clone(&self.name),
         }
     }

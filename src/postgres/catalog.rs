@@ -41,7 +41,10 @@ pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, co
 #[derive(Clone, Debug)]
 pub(crate) struct TrackedTable {
     pub(crate) name: String,
+    /// Those by which it is cached.
     pub(crate) key_columns: Vec<String>,
+    /// They are its key.
+    pub(crate) is_keyed: bool,
     pub(crate) trust: Trust,
     /// With which messages hash its keys.
     pub(crate) secret: Option<Secret>,
@@ -174,6 +177,7 @@ impl Description {
         Ok(TrackedTable {
             name: relation,
             key_columns: self.key_columns,
+            is_keyed: true,
             trust: Trust { fingerprint, key, via },
             secret: None,
         })

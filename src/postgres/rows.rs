@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
+    change::key_text,
     coherence::Incarnation,
     digest::Digest,
     error::{Error, Kind, Result},
@@ -30,7 +31,7 @@ use crate::{
         line::stamp_view,
         server::fetch,
     },
-    source::{Digesting, Digests, Loaded, Loading, Received, Source, Stamp},
+    source::{Digesting, Digests, Loaded, Loading, Locking, Received, Source, Stamp},
 };
 
 /// Loads rows of one table, by columns that need not be its key, into values of type `V`.
@@ -44,6 +45,8 @@ pub(crate) struct Rows<K, V, S = One> {
     /// Its keys are secrets: errors, which are logged, do not show them.
     hides_keys: bool,
     keeps: Keeps,
+    /// By the key of the table.
+    is_keyed: bool,
     types: PhantomData<fn(K, S) -> V>,
 }
 
@@ -60,6 +63,8 @@ pub(crate) struct Keeps {
 struct Sql {
     one: String,
     many: String,
+    /// The row, locked.
+    locked: String,
 }
 
 /// Canary, start of the server, dirty, position in the log.
@@ -75,6 +80,7 @@ impl<K: Key, V, S> Rows<K, V, S> {
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
             keeps,
+            is_keyed: table.is_keyed,
             types: PhantomData,
             access,
         }
@@ -91,17 +97,22 @@ impl<K: Key, V, S> Rows<K, V, S> {
         }
     }
 
+    /// A statement with the parts of one key.
+    fn by_key(&self, sql: &str, key: &K) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
+        let query = sqlx::query(AssertSqlSafe(sql.to_owned()));
+        key.to_parts().into_iter().zip(&self.key_types).fold(query, |query, (part, of)| match (part, of) {
+            (KeyPart::Int(value), KeyType::Int2) => query.bind(narrow::<i16>(value)),
+            (KeyPart::Int(value), KeyType::Int4) => query.bind(narrow::<i32>(value)),
+            (KeyPart::Int(value), _) => query.bind(value),
+            (KeyPart::Text(value), _) => query.bind(value.into_owned()),
+            (KeyPart::Uuid(value), _) => query.bind(value),
+        })
+    }
+
     fn query(&self, keys: &[K]) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
         let sql = if self.access.standby.load(Ordering::Relaxed) { &self.sql_on_standby } else { &self.sql };
         if let [key] = keys {
-            let query = sqlx::query(AssertSqlSafe(sql.one.clone()));
-            return key.to_parts().into_iter().zip(&self.key_types).fold(query, |query, (part, of)| match (part, of) {
-                (KeyPart::Int(value), KeyType::Int2) => query.bind(narrow::<i16>(value)),
-                (KeyPart::Int(value), KeyType::Int4) => query.bind(narrow::<i32>(value)),
-                (KeyPart::Int(value), _) => query.bind(value),
-                (KeyPart::Text(value), _) => query.bind(value.into_owned()),
-                (KeyPart::Uuid(value), _) => query.bind(value),
-            });
+            return self.by_key(&sql.one, key);
         }
         let mut columns: Vec<Vec<KeyPart<'_>>> = self.key_types.iter().map(|_| Vec::new()).collect();
         for key in keys {
@@ -220,7 +231,8 @@ impl Sql {
                 equal.join(" and ")
             )
         };
-        Self { one, many }
+        let locked = format!("select t.*{keys} from {name} t where {} for update", equal.join(" and "));
+        Self { one, many, locked }
     }
 }
 
@@ -245,6 +257,16 @@ where
         Box::pin(self.load_together(keys, self.access.deadline()))
     }
 
+    fn lock<'a>(&'a self, key: &'a K, transaction: &'a mut PgConnection) -> Locking<'a, V> {
+        Box::pin(async move {
+            if !self.is_keyed {
+                let message = format!("only rows of {} by its own key can be modified", self.table);
+                return Err(Error::new(Kind::Config, message));
+            }
+            self.lock_row(key, transaction).await
+        })
+    }
+
     fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a> {
         Box::pin(async move {
             let rows = self.fetch(keys, self.access.deadline()).await?;
@@ -262,7 +284,23 @@ where
     }
 }
 
+/// Orders those who modify rows with one key, also where there is none that could be locked.
+const TAKE_TURNS: &str = "select pg_advisory_xact_lock(hashtextextended($1, 0))";
+
 impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
+    async fn lock_row(&self, key: &K, transaction: &mut PgConnection) -> Result<Option<V>> {
+        let failed = |error| database_error(&format!("locking {}", self.row(key)), error);
+        let name = format!("rowcache {} {}", self.table, key_text(&key.to_parts()));
+        let persistent = !self.access.pooler;
+        sqlx::query(TAKE_TURNS).bind(name).persistent(persistent).execute(&mut *transaction).await.map_err(failed)?;
+        let query = self.by_key(&self.sql.locked, key).persistent(persistent);
+        let rows = query.fetch_all(transaction).await.map_err(failed)?;
+        let [row] = &rows[..] else { return Ok(None) };
+        let value = decode::<S::Row>(row)
+            .map_err(|error| Error::with(Kind::Decode, format!("{} could not be decoded", self.row(key)), error))?;
+        Ok(S::join(None, value))
+    }
+
     async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
         let rows = self.fetch(keys, deadline).await?;
         self.decode(keys, &rows)

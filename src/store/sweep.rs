@@ -42,6 +42,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
                 // An entry that a gap has put out of service counts as well: who asks for old data may have it.
                 let used = flights.contains_key(&key) || self.entries.peek(&key).is_some();
                 let removed = if used { None } else { hashed.remove(&hash) };
+                if removed.is_some() {
+                    // No message would find it any more.
+                    self.take_ticket_away(&key);
+                }
                 drop(flights);
                 drop(removed);
             }

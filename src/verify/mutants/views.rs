@@ -1,7 +1,7 @@
-//! The mutants of views, and of what is served when Postgres does not answer.
+//! The mutants of views, of what is served when Postgres does not answer, and of rows that callers put in.
 
 use super::table::{
-    Catcher::{Test, Unit},
+    Catcher::{Schedules, Test, Unit},
     Mutant,
 };
 
@@ -142,5 +142,61 @@ pub(super) const MUTANTS: &[Mutant] = &[
         text: "        if word.is_coherent() {\n            self.breaker.reset();\n        }\n",
         instead: "",
         catchers: &[Test("outage", "whoever_is_coherent")],
+    },
+    Mutant {
+        name: "ticket-change",
+        protection: "a change takes away the ticket of who reads the row himself (I1, X1)",
+        file: "src/store.rs",
+        text: "        self.take_ticket_away(key);\n        let removed = self.entries.remove(key);",
+        instead: "        let removed = self.entries.remove(key);",
+        catchers: &[Test("write", "a_row_is_not_kept_if"), Schedules("reads_against_rows_that_are_put")],
+    },
+    Mutant {
+        name: "ticket-load",
+        protection: "so does a load that ends: it may have been newer (I2, X2)",
+        file: "src/store.rs",
+        text: "        self.take_ticket_away(key);\n        let word = self.gate.word();",
+        instead: "        let word = self.gate.word();",
+        catchers: &[Test("write", "a_row_is_not_kept_if"), Schedules("reads_against_rows_that_are_put")],
+    },
+    Mutant {
+        name: "ticket-under-way",
+        protection: "nothing is put in while a load is under way, which may be older (I2, X2)",
+        file: "src/store/ticket.rs",
+        text: " && !flights.contains_key(key);",
+        instead: ";",
+        catchers: &[Test("write", "a_row_is_not_kept_if"), Schedules("reads_against_rows_that_are_put")],
+    },
+    Mutant {
+        name: "ticket-gate",
+        protection: "a ticket is good for the word that the gate showed (I3, X8)",
+        file: "src/store/ticket.rs",
+        text: "drawn.word == self.gate.word() && ",
+        instead: "",
+        catchers: &[Test("write", "a_row_is_not_kept_if")],
+    },
+    Mutant {
+        name: "ticket-snapshot",
+        protection: "a row of which nobody knows what it saw is part of no snapshot (X24)",
+        file: "src/write.rs",
+        text: "lsn: u64::MAX",
+        instead: "lsn: 0",
+        catchers: &[Test("write", "a_row_is_not_kept_where")],
+    },
+    Mutant {
+        name: "ticket-sweep",
+        protection: "a key that leaves the index of hashes takes its ticket along (I1)",
+        file: "src/store/sweep.rs",
+        text: "                    self.take_ticket_away(&key);\n",
+        instead: "",
+        catchers: &[Schedules("puts_and_hashes")],
+    },
+    Mutant {
+        name: "modify-turns",
+        protection: "modifications of a row that does not exist come one after the other",
+        file: "src/postgres/rows.rs",
+        text: "select pg_advisory_xact_lock(hashtextextended($1, 0))",
+        instead: "select hashtextextended($1, 0)",
+        catchers: &[Test("write", "modifications_of_a_row")],
     },
 ];
