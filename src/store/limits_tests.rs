@@ -251,6 +251,30 @@ fn what_is_used_is_read_again_before_it_expires() {
     assert!(fixture.store.reload(&Due::Early(2), &mut wanted).is_none() && wanted.is_empty());
 }
 
+/// Asked of what is held and has not been reclaimed yet.
+#[test]
+fn what_is_served_when_postgres_does_not_answer_is_not_known_to_be_wrong() {
+    let rescue = Some(Rescue { max: Duration::from_secs(5), after: None });
+    let mut fixture = expiring(Expiry { ttl: Some(Duration::from_secs(10)), rescue, ..Expiry::default() });
+    fixture.hold_from_start(&[(1, Some("ada")), (2, Some("bob")), (3, None)]);
+    let rescued = |fixture: &Fixture, in_gap| [1, 2, 3].map(|key| fixture.store.rescued(&key, in_gap).is_some());
+    fixture.after(149);
+    assert!(fixture.store.lookup(&1).is_none(), "it has expired");
+    fixture.store.invalidate(&2);
+    assert_eq!(rescued(&fixture, false), [true, false, true]);
+    assert_eq!(fixture.store.stats().rescued, 2);
+    fixture.after(150);
+    assert_eq!(rescued(&fixture, true), [false; 3], "too long ago");
+    // What a gap has put out of service, for whom it is not too old; what was cleared, for nobody.
+    fixture.after(149);
+    fixture.store.show(fixture.words.fresh(false), Before::Stale);
+    assert_eq!((rescued(&fixture, false), rescued(&fixture, true)), ([false; 3], [true, false, true]));
+    for coherent in [false, true] {
+        fixture.turn(coherent);
+        assert_eq!(rescued(&fixture, true), [false; 3]);
+    }
+}
+
 #[test]
 fn what_was_used_and_has_changed_is_read_again() {
     let (reload, mut due) = Reload::new(None, true).expect("wanted");

@@ -60,8 +60,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "void-and-remove-are-one",
         protection: "voiding and removing are one step for the key (I1, X1)",
         file: "src/store.rs",
-        text: "        let mut flights = self.flights(key);\n        if let Some(flight) = flights.get_mut(key) {\n            flight.void();\n        }\n        let removed = self.entries.remove(key);\n",
-        instead: "        let removed = self.entries.remove(key);\n        let mut flights = self.flights(key);\n        if let Some(flight) = flights.get_mut(key) {\n            flight.void();\n        }\n",
+        text: "        let mut flights = self.flights(key);\n        if let Some(flight) = flights.get_mut(key) {\n            flight.void();\n        }\n        self.take_ticket_away(key);\n        let removed = self.entries.remove(key);\n",
+        instead: "        let removed = self.entries.remove(key);\n        let mut flights = self.flights(key);\n        if let Some(flight) = flights.get_mut(key) {\n            flight.void();\n        }\n        self.take_ticket_away(key);\n",
         catchers: &[Schedules("reads_against_changes")],
     },
     Mutant {

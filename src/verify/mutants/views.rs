@@ -93,7 +93,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/store/rescue.rs",
         text: "let fits = entry.word == self.gate.word() || in_gap && self.gate.is_stale(entry.word);",
         instead: "let fits = in_gap || !in_gap;",
-        catchers: &[Test("outage", "what_has_expired")],
+        catchers: &[Unit("what_is_served_when_postgres")],
     },
     Mutant {
         name: "rescue-for-ever",
@@ -101,7 +101,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/store/rescue.rs",
         text: "if !fits || self.is_gone(&entry) {",
         instead: "if !fits {",
-        catchers: &[Test("outage", "not_for_ever")],
+        catchers: &[Unit("what_is_served_when_postgres")],
     },
     Mutant {
         name: "rescue-in-gap",
