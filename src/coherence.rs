@@ -71,6 +71,8 @@ pub enum Reason {
     OtherServer,
     /// This table's triggers are not as they should be.
     Triggers(String),
+    /// Somebody has switched caching off ([`Node::set_caching`](crate::Node::set_caching)).
+    SwitchedOff,
     /// The node was shut down.
     ShutDown,
 }
@@ -84,6 +86,7 @@ impl fmt::Display for Reason {
             Self::LeaseExpired => f.write_str("the lease ran out"),
             Self::OtherServer => f.write_str("loads reach another server than the LISTEN connection"),
             Self::Triggers(problem) => f.write_str(problem),
+            Self::SwitchedOff => f.write_str("caching is switched off"),
             Self::ShutDown => f.write_str("shut down"),
         }
     }

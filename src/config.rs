@@ -68,6 +68,10 @@ pub struct Config {
     /// memory, where a gap costs one reading of each row.
     pub redundant_listener: bool,
 
+    /// Whether anything is cached. Without, every read goes to Postgres and nothing is kept: for tests of a service, and for emergencies; all
+    /// else runs as it does with. [`Node::set_caching`](crate::Node::set_caching) changes it while the node runs. Default `true`.
+    pub caching: bool,
+
     /// Whether this node hears NOTIFY. Without, it has no LISTEN connection, and caches only tables that are tracked by way of
     /// the change log (`rowcache track --via log`). Then a pooler in transaction mode may stand in between
     /// ([`pooler`](Self::pooler)), and all of it may be a hot standby: nothing is older than the standby itself was when it was
@@ -143,6 +147,7 @@ impl Config {
             lease: Duration::from_secs(5),
             fence_spacing: Duration::from_millis(5),
             redundant_listener: false,
+            caching: true,
             listen: true,
             pooler: false,
             poll_min: Duration::from_millis(10),

@@ -83,6 +83,9 @@ impl Node {
         config.check()?;
         let postgres = Arc::new(Postgres::new(config.clone()));
         let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process::current()));
+        if !shared.config.caching {
+            shared.tables.switch_off(Some(shared.host.now()));
+        }
         let (ready, first_attempt) = oneshot::channel();
         let keeper = tokio::spawn(keeper::keep(Arc::clone(&shared), ready));
         let node = Self { handle: Arc::new(Handle::start(shared, keeper)), postgres };
@@ -362,6 +365,15 @@ impl Node {
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::new(Kind::Timeout, format!("token {token} was not applied here within {limit:?}"))),
         }
+    }
+
+    /// Switches caching off, on this node and at once: everything held is forgotten, every read goes to Postgres (loads are shared as
+    /// ever), and nothing is kept; whatever [`Fallback`](crate::Fallback) a table has. Or on again. [`Config::caching`] is how it begins.
+    pub fn set_caching(&self, on: bool) {
+        let shared = &self.handle.shared;
+        let off = (!on).then(|| shared.host.now());
+        shared.reclaim(shared.tables.switch_off(off));
+        tracing::info!(on, "caching was switched");
     }
 
     /// Whether entries are served, and if not, since when and why.

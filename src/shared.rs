@@ -466,6 +466,16 @@ impl Shared {
     }
 
     pub(crate) fn status(&self) -> Status {
+        let status = self.status_of_line();
+        match self.tables.off() {
+            Some(since) if matches!(status, Status::Coherent { .. }) => {
+                Status::Bypassed { since: clock::instant(since), why: Reason::SwitchedOff }
+            }
+            _ => status,
+        }
+    }
+
+    fn status_of_line(&self) -> Status {
         self.look(|coherence| match (coherence.bypassed(), coherence.coherent_as_of()) {
             (None, as_of) => Status::Coherent {
                 as_of: clock::instant(as_of.unwrap_or_default()),

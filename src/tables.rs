@@ -144,6 +144,8 @@ struct Inner {
     words: Words,
     /// The node may serve entries.
     coherent: bool,
+    /// Since when it does not all the same, because somebody has switched that off.
+    off: Option<Boot>,
     /// What time the caches were told.
     ticked: Tenths,
     /// In an order that is the same in each run.
@@ -190,6 +192,10 @@ impl Cache {
 }
 
 impl Inner {
+    fn serves(&self) -> bool {
+        self.coherent && self.off.is_none()
+    }
+
     fn clear(&mut self, table: Option<&str>) -> Vec<Arc<dyn Member>> {
         self.turn(table, Before::Forgotten)
     }
@@ -200,9 +206,10 @@ impl Inner {
 
     fn turn_those(&mut self, which: impl Fn(&Cache) -> bool, before: Before) -> Vec<Arc<dyn Member>> {
         let mut turned = Vec::new();
-        let Self { words, coherent, by_name, caches, .. } = self;
+        let serves = self.serves();
+        let Self { words, by_name, caches, .. } = self;
         for cache in caches.iter().filter(|cache| which(cache)) {
-            let word = words.fresh(*coherent && cache.is_trusted(by_name));
+            let word = words.fresh(serves && cache.is_trusted(by_name));
             cache.member.show(word, before);
             turned.push(Arc::clone(&cache.member));
         }
@@ -239,7 +246,7 @@ impl Tables {
             depends.push((table, by));
         }
         let cache = Cache { name: name.to_owned(), on: depends, member: Arc::clone(member) };
-        let coherent = inner.coherent && cache.is_trusted(&inner.by_name);
+        let coherent = inner.serves() && cache.is_trusted(&inner.by_name);
         let word = inner.words.fresh(coherent);
         member.show(word, Before::Forgotten);
         inner.caches.push(cache);
@@ -298,6 +305,10 @@ impl Tables {
     pub(crate) fn set_coherent(&self, coherent: bool) {
         let mut inner = lock(&self.0);
         inner.coherent = coherent;
+        if inner.off.is_some() {
+            // Nothing is held, nothing is served, and nothing resumed.
+            return;
+        }
         if !coherent {
             inner.turn(None, Before::Stale);
             return;
@@ -309,6 +320,22 @@ impl Tables {
                 cache.member.show(words.fresh(cache.is_trusted(by_name)), Before::Forgotten);
             }
         }
+    }
+
+    /// Serves nothing and keeps nothing, from now on; or no longer so (`None`). Messages go on to be applied. Returns the caches that
+    /// were cleared.
+    pub(crate) fn switch_off(&self, off: Option<Boot>) -> Vec<Arc<dyn Member>> {
+        let mut inner = lock(&self.0);
+        if inner.off.is_some() == off.is_some() {
+            return Vec::new();
+        }
+        inner.off = off;
+        inner.clear(None)
+    }
+
+    /// Since when it has been switched off.
+    pub(crate) fn off(&self) -> Option<Boot> {
+        lock(&self.0).off
     }
 
     /// Tells every cache the time. Returns those in which somebody should look for what has expired.
@@ -399,6 +426,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::store::{Bounds, Limits, Store};
 
     fn ints<const N: usize>(parts: [i64; N]) -> RowKey {
         RowKey::new(&parts.map(KeyPart::Int))
@@ -410,6 +438,30 @@ mod tests {
             Touched::Hashed(..) => panic!("it has keys"),
             Touched::All => None,
         }
+    }
+
+    #[test]
+    fn what_is_switched_off_stays_off_whatever_the_line_does() {
+        let tables = Tables::default();
+        let limits = Limits { runners_max: 1, batch_max: 1 };
+        let open = |name: &str| {
+            let store = Arc::new(Store::<i64, u8>::new(Bounds::rows::<i64, u8>(8), limits, None));
+            tables.add(name, Trust { via: Via::Log, ..Trust::default() }, &(Arc::clone(&store) as Arc<dyn Member>));
+            store
+        };
+        let store = open("t");
+        tables.set_coherent(true);
+        assert!(store.is_coherent());
+        assert_eq!(tables.switch_off(Some(Boot::ZERO)).len(), 1);
+        assert!(tables.switch_off(Some(Boot::ZERO)).is_empty(), "it is off already");
+        for line in [false, true] {
+            tables.set_coherent(line);
+            assert!(!store.is_coherent() && !open("u").is_coherent());
+        }
+        tables.clear(None);
+        assert!(!store.is_coherent());
+        tables.switch_off(None);
+        assert!(store.is_coherent());
     }
 
     #[test]

@@ -6,12 +6,45 @@
 mod support;
 mod fixture;
 
-use fixture::{User, migrated, name, node, users, users_db};
+use fixture::{User, Users, migrated, name, node, users, users_db};
 use rowcache::{Lookup, Node, Status, Table, TableOptions};
 use sqlx::FromRow;
 use uuid::Uuid;
 
 pg_test! {
+    async fn caching_can_be_switched_off_and_on_again(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = rowcache::Config::from_url(&db.url).expect("a good URL");
+        config.caching = false;
+        let node = Node::start(config).await.expect("starts");
+        let options = TableOptions::default().fallback(rowcache::Fallback::Fail);
+        let users: Users = node.table_with("public.users", options).await.expect("opens");
+        let passes = async || {
+            for text in ["one", "two"] {
+                db.execute(&format!("update users set name = '{text}' where id = 1")).await;
+                assert_eq!(name(&users, 1).await.as_deref(), Some(text), "at once, without a message");
+                assert!(!users.peek(&1).is_known());
+            }
+            let status = node.status().to_string();
+            assert!(status.contains("caching is switched off"), "{status}");
+            node.barrier().await.expect("the line is well");
+        };
+        passes().await;
+        node.set_caching(true);
+        name(&users, 1).await;
+        assert!(users.peek(&1).is_known() && matches!(users.status(), Status::Coherent { .. }));
+        let load = users.ticket(&2);
+        node.set_caching(false);
+        assert!(!users.peek(&1).is_known() && !load.put(None));
+        passes().await;
+        // What changed meanwhile was not missed.
+        node.set_caching(true);
+        assert_eq!(name(&users, 1).await.as_deref(), Some("two"));
+        db.execute("update users set name = 'three' where id = 1").await;
+        node.barrier().await.expect("coherent");
+        assert_eq!(name(&users, 1).await.as_deref(), Some("three"));
+    }
+
     async fn a_row_is_loaded_once_and_then_served_from_memory(test: Test) {
         let db = users_db(test.version).await;
         let node = node(&db).await;

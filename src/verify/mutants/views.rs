@@ -199,4 +199,20 @@ pub(super) const MUTANTS: &[Mutant] = &[
         instead: "select hashtextextended($1, 0)",
         catchers: &[Test("write", "modifications_of_a_row")],
     },
+    Mutant {
+        name: "off",
+        protection: "what is switched off serves nothing",
+        file: "src/tables.rs",
+        text: "self.coherent && self.off.is_none()",
+        instead: "self.coherent",
+        catchers: &[Test("read_through", "caching_can_be_switched"), Unit("what_is_switched_off")],
+    },
+    Mutant {
+        name: "off-line",
+        protection: "what is switched off stays off when the node becomes coherent",
+        file: "src/tables.rs",
+        text: "        if inner.off.is_some() {\n",
+        instead: "        if inner.off.is_some() && !coherent {\n",
+        catchers: &[Unit("what_is_switched_off")],
+    },
 ];
