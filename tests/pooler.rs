@@ -12,7 +12,7 @@ mod program;
 use std::{collections::HashMap, fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Stdio};
 
 use fixture::{hasty, users_db};
-use rowcache::Node;
+use rowcache::{Node, Table};
 use tokio::process::{Child, Command};
 
 /// A pooler in transaction mode in front of the test's server, on a free port.
@@ -132,6 +132,41 @@ pg_test! {
         nodes[0].1.invalidate(&3).await.expect("tells all");
         nodes[1].0.barrier().await.expect("coherent");
         assert!(!nodes[1].1.peek(&3).is_known());
+    }
+
+    // Statements of several round trips meet one backend, because they are transactions.
+    async fn views_and_modifications_need_nothing_but_the_pooler(test: Test) {
+        let db = users_db(test.version).await;
+        db.execute("select rowcache.track('public.users', via => 'log')").await;
+        let Some(pooler) = Pooler::start_with(&db, "server_round_robin = 1\ndefault_pool_size = 3\n").await else { return };
+        let mut config = hasty(&pooler.url(&db));
+        (config.listen, config.pooler) = (false, true);
+        let node = Node::start(config).await.expect("starts");
+        let users = users_of(&node).await.expect("opens");
+        let names: Table<i64, String> = node
+            .view("names")
+            .on("public.users", ["id"])
+            .open(|ids, db| Box::pin(async move {
+                let ask = sqlx::query_as("select id, name from users where id = any($1)").bind(ids).persistent(false);
+                let names: Vec<(i64, String)> = ask.fetch_all(db).await?;
+                Ok(names.into_iter().collect())
+            }))
+            .await
+            .expect("opens");
+        for n in 0..10 {
+            names.get_many(&[1, 2, 3]).await.expect("loads");
+            let (before, token) = users
+                .modify(&2, |user, transaction| Box::pin(async move {
+                    let change = sqlx::query("update public.users set name = $1 where id = 2").bind(format!("round {n}"));
+                    change.persistent(false).execute(&mut **transaction).await.expect("writes");
+                    Ok::<_, rowcache::Error>(user.expect("is there").name)
+                }))
+                .await
+                .expect("commits");
+            assert!(n == 0 || before == format!("round {}", n - 1));
+            node.wait_for(token, support::PATIENCE).await.expect("applied");
+            assert_eq!(names.get(&2).await.expect("loads").as_deref(), Some(&format!("round {n}")));
+        }
     }
 
     async fn who_listens_has_no_pooler_in_between(test: Test) {

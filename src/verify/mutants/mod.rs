@@ -3,8 +3,8 @@
 //! Works on a copy of the tree under `target/mutants`, with a target directory of its own: first every catcher must be green there, and
 //! then, with each mutant in turn, red. What does not compile proves nothing, and counts like a mutant that nothing noticed.
 
+mod features;
 mod table;
-mod views;
 
 use std::{
     collections::HashSet,
@@ -50,7 +50,7 @@ struct Outcome {
 }
 
 fn all() -> impl Iterator<Item = &'static Mutant> {
-    table::MUTANTS.iter().chain(views::MUTANTS)
+    table::MUTANTS.iter().chain(features::MUTANTS)
 }
 
 pub(super) fn run(options: &Options) -> Result<ExitCode> {

@@ -1,4 +1,4 @@
-//! The mutants of views, of what is served when Postgres does not answer, and of rows that callers put in.
+//! The mutants of what stands on the core: views, what is served when Postgres does not answer, rows that callers put in, the off switch.
 
 use super::table::{
     Catcher::{Schedules, Test, Unit},
