@@ -155,7 +155,7 @@ pub use postgres::{
     built::{BoxError, Building},
     install, migrate,
 };
-pub use stats::{Audits, NodeStats, Stats};
+pub use stats::{Audits, LoadTimes, NodeStats, Stats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};

@@ -21,6 +21,7 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
 ) {
     loop {
         // Never closed, so never an error; the permit is held until the rows are published.
+        // Who would be refused does not wait for one; should he not be after all, that is one load in a second.
         let _turn = if runner.is_refused(shared.host.now()) { None } else { shared.loads.acquire().await.ok() };
         if runner.refuse(shared.host.now()) {
             if runner.has_retired() {
@@ -29,10 +30,11 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
             continue;
         }
         let began = shared.load_begins();
-        let at = Tenths::at(shared.host.now());
+        let started = shared.host.now();
+        let at = Tenths::at(started);
         let Some(keys) = runner.take() else { return };
         let loaded = source.load(keys).await;
-        runner.asked(loaded.as_ref().map(|_| ()), shared.host.now());
+        runner.asked(loaded.as_ref().map(|_| ()), started, shared.host.now());
         match loaded {
             Ok(loaded) => {
                 let stamp = loaded.stamp;

@@ -8,11 +8,15 @@ use crossbeam_utils::CachePadded;
 use crate::sync::{AtomicU64, Ordering};
 
 mod audits;
+mod times;
 
 pub(crate) use audits::AuditCounters;
 pub use audits::Audits;
+pub use times::LoadTimes;
+pub(crate) use times::TimeCounters;
 
-/// Counters of one table on one node, since the table was opened. They never go back.
+/// Counters of one table on one node, since the table was opened. They never go back, and nobody can reset them: for what happened within some time,
+/// take the difference of two ([`since`](Self::since)).
 ///
 /// Identities, in every snapshot: `gets = hits + stale + misses` and `misses = led + joined + declined`. When no load
 /// is running, also `loads = published + voided + uncached + failed`.
@@ -81,8 +85,57 @@ pub struct Stats {
     /// What entries take, in bytes: the absent ones; and rows, if they are bounded by
     /// [`TableOptions::bytes`](crate::TableOptions::bytes).
     pub bytes: u64,
+    /// What can be held, in the unit of the bound: rows, or bytes with [`TableOptions::bytes`](crate::TableOptions::bytes).
+    pub capacity: u64,
+    /// Of that: what is held.
+    pub used: u64,
+    /// How long statements took.
+    pub load_times: LoadTimes,
     /// Hits whose rows were read again.
     pub audits: Audits,
+}
+
+impl Stats {
+    /// The share of keys that were answered from memory; `None` if none was asked for.
+    ///
+    /// ```
+    /// # fn example(users: &rowcache::Table<i64, (i64, String)>, a_minute_ago: rowcache::Stats) {
+    /// let now = users.stats();
+    /// println!("{:?} of all, {:?} in the last minute", now.hit_ratio(), now.since(&a_minute_ago).hit_ratio());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn hit_ratio(&self) -> Option<f64> {
+        share(self.hits + self.stale, self.gets)
+    }
+
+    /// The share of the space for rows that is in use.
+    #[must_use]
+    pub fn utilisation(&self) -> f64 {
+        share(self.used, self.capacity).unwrap_or(1.0)
+    }
+
+    /// What was counted since `earlier`. What is held (`entries`, `absent`, `bytes`, `capacity`, `used`) is as it is now.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let mut now = *self;
+        macro_rules! less {
+            ($($field:ident),*) => { $(now.$field = now.$field.saturating_sub(earlier.$field);)* };
+        }
+        less!(
+            gets, hits, stale, misses, led, joined, declined, loads, published, voided, uncached, failed, refused,
+            rescued
+        );
+        less!(put, not_found, queries, invalidations, clears, refilled, expired, refreshed, evicted, oversized);
+        now.load_times = self.load_times.since(&earlier.load_times);
+        now.audits = self.audits.since(&earlier.audits);
+        now
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a share")]
+fn share(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
 }
 
 /// Counters of one node since it started. They never go back.
@@ -166,6 +219,7 @@ pub(crate) struct Counters {
     pub(crate) refreshed: Counter,
     pub(crate) evicted: Counter,
     pub(crate) oversized: Counter,
+    pub(crate) load_times: TimeCounters,
     pub(crate) audits: AuditCounters,
 }
 
@@ -221,6 +275,7 @@ impl Counters {
             refreshed: self.refreshed.get(),
             evicted: self.evicted.get(),
             oversized: self.oversized.get(),
+            load_times: self.load_times.snapshot(),
             audits: self.audits.snapshot(),
             ..Stats::default()
         }
@@ -293,5 +348,26 @@ mod tests {
         counters.declined.add(2);
         let stats = counters.snapshot();
         assert_eq!((stats.gets, stats.hits, stats.misses), (40_002, 40_000, 2));
+    }
+
+    #[test]
+    fn what_happened_since_is_a_difference_of_what_never_goes_back() {
+        let counters = Counters::default();
+        let none = counters.snapshot();
+        assert_eq!(none.hit_ratio(), None);
+        counters.hit();
+        counters.led.add(3);
+        counters.load_times.add(Duration::from_millis(1));
+        let earlier = Stats { capacity: 10, used: 2, ..counters.snapshot() };
+        assert_eq!((earlier.hit_ratio(), earlier.utilisation()), (Some(0.25), 0.2));
+        counters.hits(3);
+        counters.joined.add(1);
+        counters.audits.equal.add(1);
+        let now = Stats { capacity: 10, used: 5, ..counters.snapshot() };
+        let since = now.since(&earlier);
+        assert_eq!((since.gets, since.hits, since.led, since.joined, since.used), (4, 3, 0, 1, 5));
+        assert_eq!((since.hit_ratio(), since.audits.audited, since.load_times.count()), (Some(0.75), 1, 0));
+        assert_eq!(now.since(&none), now);
+        assert_eq!(now.since(&now), Stats { capacity: 10, used: 5, ..Stats::default() });
     }
 }

@@ -337,7 +337,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     pub(crate) fn stats(&self) -> Stats {
         let ([rows, absent], [weight, absent_weight]) = (self.entries.len(), self.entries.weight());
         let bytes = if matches!(self.weigh, Weigh::One) { absent_weight } else { weight + absent_weight };
-        Stats { entries: rows + absent, absent, bytes, ..self.counters.snapshot() }
+        let (capacity, used) = (self.entries.capacity(), if matches!(self.weigh, Weigh::One) { rows } else { weight });
+        Stats { entries: rows + absent, absent, bytes, capacity, used, ..self.counters.snapshot() }
     }
 
     /// Keeps the entry of `key` however little space there is, or no longer so. Returns whether that is news.

@@ -27,6 +27,22 @@ struct Document {
 }
 
 pg_test! {
+    async fn what_happened_in_a_time_is_the_difference_of_two_looks(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let users: Users = node.table_with("public.users", TableOptions::default().capacity(1000)).await.expect("opens");
+        name(&users, 1).await;
+        let earlier = users.stats();
+        assert_eq!((earlier.hit_ratio(), earlier.load_times.count(), earlier.used), (Some(0.0), 1, 1));
+        assert!(earlier.utilisation() > 0.0 && earlier.utilisation() < 0.01, "{earlier:?}");
+        assert!(earlier.load_times.quantile(0.5).is_some());
+        for _ in 0..9 {
+            name(&users, 1).await;
+        }
+        let since = users.stats().since(&earlier);
+        assert_eq!((since.gets, since.hit_ratio(), since.load_times.count(), since.used), (9, Some(1.0), 0, 1));
+    }
+
     // Somebody asks for one key after another that he made up.
     async fn who_enumerates_keys_evicts_no_row_and_fills_no_memory(test: Test) {
         let db = users_db(test.version).await;

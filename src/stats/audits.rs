@@ -34,6 +34,22 @@ pub struct Audits {
     pub older: u64,
 }
 
+impl Audits {
+    pub(super) fn since(&self, earlier: &Self) -> Self {
+        Self {
+            audited: self.audited.saturating_sub(earlier.audited),
+            equal: self.equal.saturating_sub(earlier.equal),
+            changed: self.changed.saturating_sub(earlier.changed),
+            skipped: self.skipped.saturating_sub(earlier.skipped),
+            incoherent: self.incoherent.saturating_sub(earlier.incoherent),
+            within_second: self.within_second.saturating_sub(earlier.within_second),
+            within_minute: self.within_minute.saturating_sub(earlier.within_minute),
+            within_hour: self.within_hour.saturating_sub(earlier.within_hour),
+            older: self.older.saturating_sub(earlier.older),
+        }
+    }
+}
+
 /// The live counters behind [`Audits`].
 #[derive(Default)]
 pub(crate) struct AuditCounters {

@@ -97,8 +97,9 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
         true
     }
 
-    /// How a statement ended, as far as it tells whether Postgres can be reached.
-    pub(crate) fn asked(&self, outcome: Result<(), &Error>, now: Boot) {
+    /// How a statement ended that began then, as far as it tells whether Postgres can be reached.
+    pub(crate) fn asked(&self, outcome: Result<(), &Error>, began: Boot, now: Boot) {
+        self.store.counters.load_times.add(now.saturating_sub(began));
         match outcome {
             Err(error) if error.is_unavailable() || error.is_timeout() => self.store.breaker.failed(now, error),
             _ => self.store.breaker.reset(),

@@ -113,6 +113,11 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
         [&self.rows, &self.absent].map(Cache::weight)
     }
 
+    /// What rows may weigh.
+    pub(super) fn capacity(&self) -> u64 {
+        self.rows.capacity()
+    }
+
     /// Whether `key` is kept however little space there is. Returns whether that is news.
     pub(super) fn pin(&self, key: &K, pinned: bool) -> bool {
         self.pins.set(key, pinned)
