@@ -12,6 +12,7 @@ use std::{
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{
+    fill::Join,
     key::Key,
     load,
     shared::Shared,
@@ -19,7 +20,8 @@ use crate::{
     store::{Due, Store},
 };
 
-/// Between two batches.
+/// Between two batches, and between a commit and the load of what it has changed: its message has probably come by then, so that the
+/// row is kept.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Loads the keys that it receives, until the node stops or the cache is gone.
@@ -53,5 +55,21 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
                 store.counters.refreshed.add(1);
             }
         }
+    }
+}
+
+/// Loads a key that has just been written, unless somebody does; nobody waits for it.
+pub(crate) async fn soon<K: Key, V: Send + Sync + 'static>(
+    key: K,
+    store: Weak<Store<K, V>>,
+    source: Arc<dyn Source<K, V>>,
+    shared: Arc<Shared>,
+) {
+    tokio::time::sleep(PAUSE).await;
+    let Some(store) = store.upgrade().filter(|store| store.is_coherent()) else { return };
+    let mut wanted = Vec::new();
+    drop(store.ask_again(&key, Join::Running, &mut wanted));
+    for runner in store.enqueue(wanted) {
+        shared.host.spawn(Box::pin(load::run(runner, Arc::clone(&source), Arc::clone(&shared))));
     }
 }

@@ -6,15 +6,15 @@
 //! modify ── begin ─ lock the key ─ read the row ─ the caller writes ─ commit ──→ as update
 //! ```
 
-use std::{future::Future, pin::Pin, time::Duration};
+use std::{future::Future, pin::Pin, sync::Arc};
 
 use sqlx::PgPool;
 
 use crate::{
     digest::Tenths,
     error::{Error, Kind, Result},
-    fill::Join,
     key::Key,
+    refresh,
     source::Stamp,
     store::{Drawn, Origin},
     table::Table,
@@ -33,9 +33,6 @@ pub struct Ticket<K: Key, V: Send + Sync + 'static> {
 
 /// What a caller does in a transaction.
 pub type Work<'t, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 't>>;
-
-/// After a commit, before its row is read again: its message has probably come by then, so that the row is kept.
-const MESSAGE: Duration = Duration::from_millis(10);
 
 impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     /// A ticket for this key, for a row that you are about to read by a query of your own:
@@ -74,6 +71,8 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// What `work` needs it takes along: clones, not references.
     ///
     /// # Errors
     ///
@@ -139,16 +138,10 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     async fn commit(&self, key: &K, mut transaction: Transaction) -> Result<Token> {
         transaction.invalidates(self, key);
         let token = transaction.commit().await?;
-        let (table, key) = (self.clone(), key.clone());
-        self.shared().host.spawn(Box::pin(async move {
-            tokio::time::sleep(MESSAGE).await;
-            let mut wanted = Vec::new();
-            if table.store.is_coherent() {
-                // Nobody waits for it.
-                drop(table.store.ask_again(&key, Join::Running, &mut wanted));
-                table.start_loads(wanted);
-            }
-        }));
+        // Not the handle: a node lives no longer for this.
+        let (store, source) = (Arc::downgrade(&self.store), Arc::clone(&self.source));
+        let again = refresh::soon(key.clone(), store, source, Arc::clone(self.shared()));
+        self.shared().host.spawn(Box::pin(again));
         Ok(token)
     }
 }
@@ -164,7 +157,6 @@ impl<K: Key, V: Send + Sync + 'static> Ticket<K, V> {
     /// Keeps the row, or that there is none, if nothing has happened to its key since the ticket was made: no change was applied, no load of it has
     /// ended or is under way, no later ticket was made, and the node was coherent all the time. Returns whether it was kept; if not, nothing is lost but
     /// that. Never for a table that is audited, or bounded by [`bytes`](crate::TableOptions::bytes) without a weigher.
-    // The row is not needed any more.
     pub fn put(mut self, row: impl Into<Option<V>>) -> bool {
         let Some(drawn) = self.drawn.take() else { return false };
         // At which position of the log it was read is not known: no snapshot can be made with it.

@@ -8,10 +8,7 @@ mod fixture;
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use fixture::{User, hasty, migrated, node};
@@ -231,27 +228,42 @@ pg_test! {
         assert!(error.is_refused(), "{error:?}");
     }
 
-    // A connection whose hook has begun a transaction, with a snapshot from before.
-    async fn what_may_be_from_an_old_snapshot_is_not_kept(test: Test) {
+    // X31: a connection whose hook has begun a transaction, with a snapshot from before.
+    async fn what_may_be_from_an_old_snapshot_is_refused(test: Test) {
         let db = shop(test.version).await;
-        let begins = Arc::new(AtomicBool::new(false));
+        let begins = Arc::new(Mutex::new(None::<&'static str>));
         let mut config = Config::from_url(&db.url).expect("a good URL");
         let switch = Arc::clone(&begins);
         config.pool = config.pool.max_connections(1).before_acquire(move |connection, _| {
-            let begins = switch.load(Ordering::Relaxed);
+            let begins = *switch.lock().expect("not poisoned");
             Box::pin(async move {
-                if begins {
-                    sqlx::raw_sql("begin isolation level repeatable read; select 1").execute(connection).await?;
+                if let Some(begin) = begins {
+                    sqlx::raw_sql(begin).execute(connection).await?;
                 }
                 Ok(true)
             })
         });
         let node = Node::start(config).await.expect("starts");
         let accounts = accounts(&node).await;
-        begins.store(true, Ordering::Relaxed);
-        accounts.get(&1).await.expect("loads").expect("is there");
-        let stats = accounts.stats();
-        assert_eq!((stats.uncached, stats.published), (1, 0), "{stats:?}");
+        for (other, begin) in [
+            (2, "begin; select 1"),
+            (3, "begin isolation level repeatable read; select 1"),
+            (4, "begin isolation level serializable; select 1"),
+            (5, "begin; update users set name = 'dirty' where id = 1"),
+        ] {
+            // A connection that goes back into the pool.
+            *begins.lock().expect("not poisoned") = None;
+            accounts.get(&other).await.expect("loads");
+            *begins.lock().expect("not poisoned") = Some(begin);
+            let error = accounts.get(&1).await.expect_err(begin);
+            assert!(error.is_refused() && error.to_string().contains("left a transaction open"), "{error:?}");
+        }
+        // Without a snapshot it sees what is there now.
+        *begins.lock().expect("not poisoned") = None;
+        accounts.get(&77).await.expect("loads");
+        *begins.lock().expect("not poisoned") = Some("begin isolation level serializable");
+        assert_eq!(accounts.get(&1).await.expect("loads").expect("is there").name, "user 1");
+        assert!(accounts.peek(&1).is_known());
     }
 
     async fn a_view_is_in_doubt_with_each_table_that_it_is_made_of(test: Test) {

@@ -6,9 +6,15 @@
 mod support;
 mod fixture;
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use fixture::{User, Users, name, node, users, users_db};
 use rowcache::{Error, Freshness, Node, Table, TableOptions};
 use support::{TestDb, eventually};
+use tokio::sync::Semaphore;
 
 /// What a caller would read himself.
 async fn read(db: &TestDb, id: i64) -> Option<User> {
@@ -191,6 +197,41 @@ pg_test! {
         }
         seen.sort_unstable();
         assert_eq!(seen, (1..=15).collect::<Vec<_>>());
+    }
+
+    // There is nothing to lock but the key itself.
+    async fn modifications_of_a_row_that_does_not_exist_come_one_after_the_other(test: Test) {
+        let db = users_db(test.version).await;
+        let nodes = [node(&db).await, node(&db).await];
+        let [ours, theirs] = [users(&nodes[0]).await, users(&nodes[1]).await];
+        let (looked, other_is_done) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicBool::new(false)));
+        let client = db.client().await;
+        let first = ours.modify(&99, |user, transaction| {
+            let (looked, other_is_done) = (Arc::clone(&looked), Arc::clone(&other_is_done));
+            Box::pin(async move {
+                assert!(user.is_none());
+                looked.add_permits(1);
+                let waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted and database = \
+                     (select oid from pg_database where datname = current_database())";
+                eventually("the other one waits, or has not waited", async || {
+                    other_is_done.load(Ordering::Relaxed)
+                        || client.query_one(waiting, &[]).await.expect("counts").get::<_, i64>(0) > 0
+                })
+                .await;
+                sqlx::query("insert into users values (99, 'first')").execute(&mut **transaction).await?;
+                Ok::<_, Failure>(())
+            })
+        });
+        let second = async {
+            looked.acquire().await.expect("open").forget();
+            let modified = theirs.modify(&99, |user, _| Box::pin(async move { Ok::<_, Failure>(user.map(|user| user.name)) }));
+            let (name, _) = modified.await.expect("commits");
+            other_is_done.store(true, Ordering::Relaxed);
+            name
+        };
+        let (first, name) = tokio::join!(first, second);
+        first.expect("commits");
+        assert_eq!(name.as_deref(), Some("first"));
     }
 
     async fn what_is_made_of_several_rows_is_not_modified(test: Test) {

@@ -1,9 +1,6 @@
 //! Polls the change log: with each fence, and in between as often as changes come, while a table is open that is told that way.
 
-use std::{
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Duration,
-};
+use std::time::Duration;
 
 use tokio::time::timeout;
 
@@ -30,23 +27,17 @@ pub(super) struct Poller {
     trimmed: Option<u64>,
     /// When this was the oldest transaction that ran: after `log_retention` what is below it is removed.
     oldest: Option<(Boot, u64)>,
-    /// There was more to read since the position than could be read in time. The next attempt would fare no better.
-    too_far_behind: bool,
+    /// Polls in a row that have not ended in time.
+    late: u32,
 }
 
-/// A poll that has brought so many messages, and has not ended in time, was not held up by anything but them.
-const FAR_BEHIND: usize = 10_000;
+/// After so many there probably is more to read since the position than can be read in time, and the next attempt would fare no better. Between
+/// two of them a line was opened, so that it is not the link: the server answers, and makes a poll's answer up before it sends any of it.
+const TOO_FAR_BEHIND: u32 = 2;
 
 impl Poller {
     pub(super) fn new(config: &Config) -> Self {
-        Self {
-            position: None,
-            polled_at: None,
-            pause: config.poll_max,
-            trimmed: None,
-            oldest: None,
-            too_far_behind: false,
-        }
+        Self { position: None, polled_at: None, pause: config.poll_max, trimmed: None, oldest: None, late: 0 }
     }
 
     /// When to poll, fences apart; `None` while no open table is told by way of the log.
@@ -63,9 +54,10 @@ impl Poller {
         let Some((id, line)) = shared.line() else { return };
         let covered = shared.is_covered();
         let limit = limit(shared, covered);
-        let received = AtomicUsize::new(0);
-        let outcome = timeout(limit, self.read(shared, &*line, fence, &received)).await;
-        self.too_far_behind |= outcome.is_err() && received.into_inner() > FAR_BEHIND;
+        let outcome = timeout(limit, self.read(shared, &*line, fence)).await;
+        if outcome.is_err() {
+            self.late += 1;
+        }
         let lost = match outcome {
             Ok(Ok(())) => return,
             // Late, which the state machine sees by itself.
@@ -82,18 +74,12 @@ impl Poller {
         }
     }
 
-    async fn read(
-        &mut self,
-        shared: &Shared,
-        line: &dyn Line,
-        fence: Option<Fence>,
-        received: &AtomicUsize,
-    ) -> Result<()> {
+    async fn read(&mut self, shared: &Shared, line: &dyn Line, fence: Option<Fence>) -> Result<()> {
         let push = |payload| {
-            received.fetch_add(1, Ordering::Relaxed);
             shared.inbox.push(Item::Message(payload));
         };
-        let since = self.position.as_ref().filter(|_| !self.too_far_behind);
+        let is_too_far_behind = self.late >= TOO_FAR_BEHIND;
+        let since = self.position.as_ref().filter(|_| !is_too_far_behind);
         let polled = line.poll(since, &push).await?;
         if polled.incarnation != line.incarnation() {
             return Err(Error::new(Kind::Unavailable, "the change log is polled on another server than before"));
@@ -106,16 +92,16 @@ impl Poller {
                 "the change log was trimmed while this node could not read it; everything held was forgotten"
             );
         }
-        if self.too_far_behind {
+        if is_too_far_behind {
             tracing::warn!("the change log had more to read than could be read in time; everything held was forgotten");
         }
-        if continuity != Continuity::Kept || self.too_far_behind {
+        if continuity != Continuity::Kept || is_too_far_behind {
             shared.inbox.push(Item::Missed);
         }
         if continuity == Continuity::OtherServer {
             self.oldest = None;
         }
-        self.too_far_behind = false;
+        self.late = 0;
         if let Some(fence) = fence {
             shared.inbox.push(Item::Polled(Box::new((fence, mark))));
         }

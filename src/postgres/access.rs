@@ -44,6 +44,8 @@ pub(crate) trait Attempt: Sync {
 pub(crate) enum Failed {
     Postgres(sqlx::Error),
     Otherwise(Error),
+    /// The connection is not to be used again.
+    Unusable(Error),
 }
 
 impl From<sqlx::Error> for Failed {
@@ -84,12 +86,15 @@ impl Access {
                 }
                 // Dropped, not given back: it is broken.
                 Ok(Err(Failed::Postgres(error))) if is_connection_error(&error) && tries_left > 0 => tries_left -= 1,
-                Ok(Err(failed)) => {
+                // Dropped too.
+                Ok(Err(Failed::Unusable(error))) => return Err(error),
+                Ok(Err(Failed::Postgres(error))) => {
                     connection.give_back();
-                    return Err(match failed {
-                        Failed::Postgres(error) => database_error(&format!("loading {}", attempt.of()), error),
-                        Failed::Otherwise(error) => error,
-                    });
+                    return Err(database_error(&format!("loading {}", attempt.of()), error));
+                }
+                Ok(Err(Failed::Otherwise(error))) => {
+                    connection.give_back();
+                    return Err(error);
                 }
                 // Dropped too: the statement may still be running, and the next user would have to wait for it.
                 Err(_) => {

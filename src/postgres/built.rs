@@ -23,7 +23,7 @@ use crate::{
     key::{self, Key},
     postgres::{
         access::{Access, Attempt, Failed},
-        database_error, is_connection_error,
+        database_error, has_code, is_connection_error,
         line::stamp_view,
     },
     source::{Digesting, Loaded, Loading, Source, Stamp},
@@ -43,10 +43,13 @@ pub(crate) struct Built<K, V, F> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-/// All statements see one snapshot, which is taken by the second one, and not before: else somebody has begun a transaction on this
-/// connection before us, and what it shows may be older than what is known here.
-const BEGIN: &str = "begin isolation level repeatable read read only; \
-     select pg_catalog.set_config('rowcache.began', (now() = statement_timestamp())::text, true)";
+/// All statements see one snapshot, which the first one after these takes. Should somebody have begun a transaction on this connection
+/// before us, what it shows may be older than what is known here; then Postgres refuses to change the isolation, once there is a snapshot. One
+/// of these two changes it, whatever it was.
+const BEGIN: &str = "begin isolation level read committed read only; set transaction isolation level repeatable read";
+
+/// What Postgres says then.
+const ACTIVE_TRANSACTION: &str = "25001";
 
 impl<K, V, F> Built<K, V, F>
 where
@@ -72,15 +75,11 @@ where
 
     async fn stamp(&self, transaction: &mut PgConnection) -> sqlx::Result<Stamp> {
         let view = stamp_view(self.access.standby.load(Ordering::Relaxed));
-        // A transaction of this isolation is always dirty to the view.
-        let ask = format!(
-            "select canary as \"rowcache.canary\", started as \"rowcache.started\", lsn, \
-             pg_catalog.pg_current_xact_id_if_assigned() is not null \
-                 or pg_catalog.current_setting('rowcache.began', true) is distinct from 'true' as dirty from {view}"
-        );
+        let ask = format!("select canary as \"rowcache.canary\", started as \"rowcache.started\", lsn from {view}");
         let row = sqlx::query(AssertSqlSafe(ask)).persistent(!self.access.pooler).fetch_one(transaction).await?;
         let lsn = row.try_get::<i64, _>("lsn")?.cast_unsigned();
-        Ok(Stamp { incarnation: incarnation(&row), dirty: row.try_get("dirty")?, lsn })
+        // The view would call each transaction of this isolation dirty. This one can have written nothing, and has a snapshot of its own.
+        Ok(Stamp { incarnation: incarnation(&row), dirty: false, lsn })
     }
 
     /// What the loader makes, whatever becomes of it.
@@ -107,6 +106,14 @@ where
             }),
             Err(panic) => Err(panicked(&*panic)),
         }
+    }
+
+    fn not_begun(&self, keys: &[K], error: sqlx::Error) -> Failed {
+        if !has_code(&error, ACTIVE_TRANSACTION) {
+            return Failed::Postgres(error);
+        }
+        let what = "a hook of the pool has left a transaction open, which may not see what this node has seen";
+        Failed::Unusable(Error::with(Kind::Refused, format!("loading {} failed: {what}", self.of(keys)), error))
     }
 
     fn refused(&self, keys: &[K], error: sqlx::Error) -> Error {
@@ -139,7 +146,8 @@ where
     type Answer = (Stamp, HashMap<K, V>);
 
     async fn run(&self, connection: &mut PgConnection) -> Result<Self::Answer, Failed> {
-        let mut transaction = connection.begin_with(BEGIN).await?;
+        let mut transaction =
+            connection.begin_with(BEGIN).await.map_err(|error| self.of.not_begun(self.keys, error))?;
         let stamp = self.of.stamp(&mut transaction).await?;
         let made = self.of.make(self.keys, &mut transaction).await;
         // There is nothing to commit. Should it fail, the connection is closed.

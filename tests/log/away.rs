@@ -6,6 +6,7 @@ use rowcache::{Event, Table, cli::temp_server::Stop};
 use super::*;
 use crate::{
     fixture::{event, gap_and_recovery},
+    support::eventually,
     support::proxy::{Close, Proxy},
 };
 
@@ -189,6 +190,38 @@ pg_test! {
         db.execute("update public.users set name = 'x' where id = 2").await;
         node.barrier().await.expect("coherent");
         assert!(!is_held(&users, 2));
+    }
+
+    // The server makes the answer up before it sends any of it: nothing comes in time, however often it is asked.
+    async fn who_gets_no_answer_in_time_forgets_everything(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        test.logs.allow("the change log had more to read than could be read in time");
+        test.logs.allow("cannot verify the triggers of the cached tables");
+        let (_server, db) = fixture::users_server(test.version, &[]).await;
+        db.execute(VIA_LOG).await;
+        let (mut proxy, node, users) = by_proxy(&db, deaf).await;
+        let mut events = node.subscribe();
+        name(&users, 1).await;
+        proxy.refuse().await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        db.execute("update public.users set name = 'meanwhile' where id = 1;
+            alter function rowcache.poll(xid8, xid8[], xid8[]) rename to poll_at_once;
+            create function rowcache.poll(since xid8, pending xid8[], skip xid8[])
+              returns table (canary uuid, started bigint, standby boolean, snapshot text, lsn bigint, horizon bigint, xid bigint,
+                message text)
+              language plpgsql as $$ begin
+                if since is not null then perform pg_sleep(2); end if;
+                return query select * from rowcache.poll_at_once(since, pending, skip);
+              end $$").await;
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        assert!(!is_held(&users, 1));
+        db.execute("drop function rowcache.poll(xid8, xid8[], xid8[]);
+            alter function rowcache.poll_at_once(xid8, xid8[], xid8[]) rename to poll").await;
+        eventually("it is well again", async || node.barrier().await.is_ok()).await;
+        assert_eq!(name(&users, 1).await.as_deref(), Some("meanwhile"));
     }
 
     // A transaction that is older than the log itself.
