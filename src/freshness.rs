@@ -285,14 +285,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
             Asked::Hit(_) => self.shared().look(|coherence| coherence.incarnation()),
             Asked::Wait(_) => None,
         };
-        let Answer { entry, read } = match self.answer_or_rescue(key, asked, terms).await {
-            Ok(answer) => answer,
-            Err(error) if error.is_outage() => match self.rescued(key, terms) {
-                Some(entry) => return Ok(Cached::new(entry)),
-                None => return Err(error),
-            },
-            Err(error) => return Err(error),
-        };
+        let Answer { entry, read } = self.answer_or_rescue(key, asked, terms).await?;
         match terms.of {
             Some(token) if held.or(read).map(incarnation_id) != Some(token.incarnation) => {
                 Err(Shared::other_incarnation(token))
@@ -301,21 +294,24 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         }
     }
 
-    /// The answer; or, if that takes longer than callers are to wait, what is held, if there is something.
-    async fn answer_or_rescue(&self, key: &K, asked: Asked<V>, terms: Terms) -> Outcome<V> {
-        let mut asked = asked;
-        if let (Asked::Wait(answer), Some(soft)) = (&mut asked, terms.rescue.and_then(|rescue| rescue.soft)) {
-            match timeout_at(soft, answer).await {
-                Ok(Ok(outcome)) => return outcome,
-                Ok(Err(_)) => return Err(self.given_up(key)),
-                Err(_) => {
-                    if let Some(entry) = self.rescued(key, terms) {
-                        return Ok(Answer { entry, read: None });
-                    }
-                }
-            }
+    /// The answer; or, if the load fails or takes longer than callers are to wait, what is held, if there is something.
+    async fn answer_or_rescue(&self, key: &K, mut asked: Asked<V>, terms: Terms) -> Outcome<V> {
+        let rescued = || self.rescued(key, terms).map(|entry| Answer { entry, read: None });
+        let soft = terms.rescue.and_then(|rescue| rescue.soft);
+        let outcome = match (&mut asked, soft) {
+            (Asked::Wait(answer), Some(soft)) => match timeout_at(soft, answer).await {
+                Ok(outcome) => outcome.unwrap_or_else(|_| Err(self.given_up(key))),
+                Err(_) => match rescued() {
+                    Some(answer) => return Ok(answer),
+                    None => self.answer(key, asked).await,
+                },
+            },
+            _ => self.answer(key, asked).await,
+        };
+        match outcome {
+            Err(error) if error.is_outage() => rescued().ok_or(error),
+            outcome => outcome,
         }
-        self.answer(key, asked).await
     }
 
     /// The rows, if all are held and are what one snapshot of the database shows.

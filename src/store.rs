@@ -454,8 +454,7 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     fn show(&self, word: Word, before: Before) {
         if self.gate.word().is_coherent() {
             self.counters.clears.add(1);
-        }
-        if word.is_coherent() {
+        } else if word.is_coherent() {
             self.breaker.reset();
         }
         self.gate.show(word, before);

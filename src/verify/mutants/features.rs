@@ -139,8 +139,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "breaker-coherent",
         protection: "loads are tried at once when the node is coherent again",
         file: "src/store.rs",
-        text: "        if word.is_coherent() {\n            self.breaker.reset();\n        }\n",
-        instead: "",
+        text: " else if word.is_coherent() {\n            self.breaker.reset();\n        }\n",
+        instead: "\n",
         catchers: &[Test("outage", "whoever_is_coherent")],
     },
     Mutant {
