@@ -17,7 +17,7 @@ use crate::{
     fill::Join,
     key::Key,
     shared::{Shared, Whose},
-    store::{Answer, Asked, Cached, Entry, Outcome},
+    store::{Answer, Asked, Cached, Entry, Outcome, Rescue},
     table::Table,
     token::{Token, incarnation_id},
 };
@@ -94,21 +94,14 @@ pub(crate) struct Terms {
     /// What is returned must be of the incarnation of this token.
     of: Option<Token>,
     /// When what is held will do in place of a load. `None`: never.
-    rescue: Option<Rescued>,
-}
-
-/// What is held, in place of a load.
-#[derive(Clone, Copy)]
-struct Rescued {
-    /// If Postgres does not answer.
-    max: Duration,
-    /// Or not before this.
+    rescue: Option<Rescue>,
+    /// When callers of such a table no longer wait for one.
     soft: Option<Instant>,
 }
 
 impl Terms {
-    const COHERENT: Self = Self { stale: false, join: Join::Running, of: None, rescue: None };
-    const CURRENT: Self = Self { stale: false, join: Join::Coherent, of: None, rescue: None };
+    const COHERENT: Self = Self { stale: false, join: Join::Running, of: None, rescue: None, soft: None };
+    const CURRENT: Self = Self { stale: false, join: Join::Coherent, of: None, rescue: None, soft: None };
 }
 
 impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
@@ -207,8 +200,8 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     /// What [`get`](Self::get) accepts.
     pub(crate) fn coherent_terms(&self) -> Terms {
         let rescue = self.store.rescue();
-        let rescue = rescue.map(|it| Rescued { max: it.max, soft: it.after.map(|after| Instant::now() + after) });
-        let terms = Terms { rescue, ..Terms::COHERENT };
+        let soft = rescue.and_then(|rescue| rescue.after).map(|after| Instant::now() + after);
+        let terms = Terms { rescue, soft, ..Terms::COHERENT };
         match self.fallback {
             Fallback::ServeStale { max } if !self.store.is_coherent() && self.shared().age() <= max => {
                 Terms { stale: true, ..terms }
@@ -297,8 +290,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     /// The answer; or, if the load fails or takes longer than callers are to wait, what is held, if there is something.
     async fn answer_or_rescue(&self, key: &K, mut asked: Asked<V>, terms: Terms) -> Outcome<V> {
         let rescued = || self.rescued(key, terms).map(|entry| Answer { entry, read: None });
-        let soft = terms.rescue.and_then(|rescue| rescue.soft);
-        let outcome = match (&mut asked, soft) {
+        let outcome = match (&mut asked, terms.soft) {
             (Asked::Wait(answer), Some(soft)) => match timeout_at(soft, answer).await {
                 Ok(outcome) => outcome.unwrap_or_else(|_| Err(self.given_up(key))),
                 Err(_) => match rescued() {

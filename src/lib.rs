@@ -61,6 +61,7 @@
 //! | --- | --- |
 //! | `table` | the story of `get` |
 //! | `node` | start, open tables, wait, stop |
+//! | `open` | opens caches: what they depend on, and what keeps them going |
 //! | `view` | entries that are made of several rows |
 //! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
@@ -73,6 +74,7 @@
 //! | `config`, `settings`, `tls` | how to reach Postgres, and how to behave |
 //! | `coherence` | core: may entries be trusted? A state machine |
 //! | `tables`, `inbox` | core: who must forget what; what is still to be applied |
+//! | `depends` | core: which keys a message makes a cache forget |
 //! | `relay` | core: of two lines, which one is heard, and when one can take over from the other |
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
 //! | `hashed` | core: keys that messages do not show |
@@ -100,6 +102,7 @@ mod change_log;
 mod clock;
 mod coherence;
 mod config;
+mod depends;
 mod digest;
 mod error;
 mod fill;
@@ -119,6 +122,7 @@ mod load;
 #[cfg(all(test, loom_core))]
 mod loom_tests;
 mod node;
+mod open;
 mod options;
 mod postgres;
 mod refill;

@@ -96,8 +96,8 @@ pub(crate) struct Store<K, V> {
     weigh: Weigh<V>,
     unknown: Unknown,
     breaker: Breaker,
-    /// Protects which rows that somebody reads by himself may be put in.
-    tickets: Mutex<Tickets<K>>,
+    /// Which rows that somebody reads by himself may be put in.
+    tickets: Tickets<K>,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
     /// When somebody should look for what has expired.
@@ -147,7 +147,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             sample: Sample::default(),
             unknown: Unknown::default(),
             breaker: Breaker::default(),
-            tickets: Mutex::default(),
+            tickets: Tickets::default(),
             expiry: Expiry::default(),
             reload: None,
             next_look: std::sync::atomic::AtomicU32::new(0),
@@ -396,11 +396,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             Answer { entry, read: origin.stamp.incarnation }
         });
         match &outcome {
-            Ok(Answer { entry, .. }) => {
-                let (evicted, oversized) = removed.for_space(key, entry);
-                counters.evicted.add(evicted);
-                counters.oversized.add(u64::from(oversized));
-            }
+            Ok(Answer { entry, .. }) => self.count_space(key, &removed, entry),
             Err(_) => counters.failed.add(1),
         }
         let landing = flight.finish();
@@ -497,6 +493,13 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
+    /// Counts what had to go when this entry of `key` came.
+    fn count_space(&self, key: &K, removed: &Removed<K, V>, came: &Arc<Entry<V>>) {
+        let (evicted, oversized) = removed.for_space(key, came);
+        self.counters.evicted.add(evicted);
+        self.counters.oversized.add(u64::from(oversized));
+    }
+
     /// The life of an entry of this key.
     fn life(&self, key: &K, value: Option<&V>, from: Tenths) -> Life {
         // Any number will do that others do not have.

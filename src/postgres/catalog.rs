@@ -5,11 +5,12 @@ use std::ops::DerefMut;
 use sqlx::{FromRow, PgConnection, PgPool};
 
 use crate::{
+    depends::{By, Column},
     error::{Error, Kind, Result},
     hashed::Secret,
     key::{Key, KeyType},
     postgres::{database_error, has_code, schema_hint},
-    tables::{By, Column, On, Trust, Via},
+    tables::{On, Trust, Via},
 };
 
 /// One row of `rowcache.describe`.

@@ -12,10 +12,12 @@
 //!
 //! * while a load of the key is under way, nothing is put in: it may have read an older row, and would replace it.
 
+use std::collections::HashMap;
+
 use super::{Entry, Key, Origin, Received, Store};
 use crate::{
     gate::Word,
-    sync::{Arc, lock},
+    sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
 };
 
 /// A ticket for one key of this store.
@@ -34,30 +36,22 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             // As before a load: what messages cannot find could not be taken away.
             hashed.note(hash, key);
         }
-        let mut tickets = lock(&self.tickets);
-        tickets.last += 1;
-        let number = tickets.last;
-        tickets.drawn.insert(key.clone(), number);
-        drop(tickets);
+        let number = self.tickets.lock().draw(key);
         let word = self.gate.word();
         drop(flights);
         Drawn { number, word }
     }
 
-    /// Something has happened to this key. Under its stripe lock.
+    /// Something has happened to this key. Under its stripe lock, which who draws one for it has held: it is counted.
     pub(super) fn take_ticket_away(&self, key: &K) {
-        let mut tickets = lock(&self.tickets);
-        if !tickets.drawn.is_empty() {
-            tickets.drawn.remove(key);
+        if self.tickets.count.load(Ordering::Relaxed) > 0 {
+            self.tickets.lock().remove(key);
         }
     }
 
     /// The holder of a ticket has no use for it.
     pub(crate) fn give_ticket_back(&self, key: &K, drawn: Drawn) {
-        let mut tickets = lock(&self.tickets);
-        if tickets.drawn.get(key) == Some(&drawn.number) {
-            tickets.drawn.remove(key);
-        }
+        self.tickets.lock().give_back(key, drawn.number);
     }
 
     /// Puts in a row that was read after the ticket was drawn, if it is good. Returns whether it was.
@@ -72,22 +66,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let entry = Entry { at: origin.at, weight, life, ..Entry::new(drawn.word, origin.stamp.lsn, value) };
         let entry = Arc::new(entry);
         let flights = self.flights(key);
-        let is_last = {
-            let mut tickets = lock(&self.tickets);
-            let is_last = tickets.drawn.get(key) == Some(&drawn.number);
-            if is_last {
-                tickets.drawn.remove(key);
-            }
-            is_last
-        };
+        let is_last = self.tickets.lock().give_back(key, drawn.number);
         let is_good =
             is_last && drawn.word.is_coherent() && drawn.word == self.gate.word() && !flights.contains_key(key);
         let removed = if is_good { self.entries.insert(key, &entry) } else { super::Removed::default() };
         drop(flights);
         if is_good {
-            let (evicted, oversized) = removed.for_space(key, &entry);
-            self.counters.evicted.add(evicted);
-            self.counters.oversized.add(u64::from(oversized));
+            self.count_space(key, &removed, &entry);
             self.counters.put.add(1);
         }
         drop(removed);
@@ -97,12 +82,58 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
 /// The tickets that are out.
 pub(super) struct Tickets<K> {
+    /// So that invalidations need not ask while there are none.
+    count: AtomicU64,
+    out: Mutex<Out<K>>,
+}
+
+struct Out<K> {
     last: u64,
-    drawn: std::collections::HashMap<K, u64>,
+    drawn: HashMap<K, u64>,
 }
 
 impl<K> Default for Tickets<K> {
     fn default() -> Self {
-        Self { last: 0, drawn: std::collections::HashMap::new() }
+        Self { count: AtomicU64::new(0), out: Mutex::new(Out { last: 0, drawn: HashMap::new() }) }
+    }
+}
+
+impl<K> Tickets<K> {
+    fn lock(&self) -> Counted<'_, K> {
+        Counted { out: lock(&self.out), count: &self.count }
+    }
+}
+
+/// Those that are out, which are counted before the lock is released.
+struct Counted<'a, K> {
+    out: MutexGuard<'a, Out<K>>,
+    count: &'a AtomicU64,
+}
+
+impl<K: Key> Counted<'_, K> {
+    fn draw(&mut self, key: &K) -> u64 {
+        self.out.last += 1;
+        let number = self.out.last;
+        self.out.drawn.insert(key.clone(), number);
+        number
+    }
+
+    fn remove(&mut self, key: &K) {
+        self.out.drawn.remove(key);
+    }
+
+    /// Whether this is the last one that was drawn for the key, and is still good. It is no more.
+    fn give_back(&mut self, key: &K, number: u64) -> bool {
+        let is_last = self.out.drawn.get(key) == Some(&number);
+        if is_last {
+            self.out.drawn.remove(key);
+        }
+        is_last
+    }
+}
+
+impl<K> Drop for Counted<'_, K> {
+    fn drop(&mut self) {
+        self.count.store(self.out.drawn.len() as u64, Ordering::Relaxed);
     }
 }

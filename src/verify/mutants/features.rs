@@ -25,7 +25,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "view-unsent",
         protection: "a message without a column that a view depends on evicts all of it (I1)",
-        file: "src/tables.rs",
+        file: "src/depends.rs",
         text: "Column::Sent(name) => change.columns.get(name)?.iter().collect(),",
         instead: "Column::Sent(name) => change.columns.get(name).into_iter().flatten().collect(),",
         catchers: &[Test("views", "one_node_asks_all"), Unit("keys_of_a_view")],
@@ -33,7 +33,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "view-combinations",
         protection: "values that come apart are combined in all ways (I1)",
-        file: "src/tables.rs",
+        file: "src/depends.rs",
         text: "combined.iter().flat_map(|parts| values.iter().map(move |value| longer(parts, value))).collect();",
         instead: "combined.iter().zip(&values).map(|(parts, value)| longer(parts, value)).collect();",
         catchers: &[Test("views", "keys_of_several"), Unit("keys_of_a_view")],
@@ -41,7 +41,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "view-too-many",
         protection: "more combinations than can be gone through evict all of a view (I1)",
-        file: "src/tables.rs",
+        file: "src/depends.rs",
         text: "            return None;\n        }\n        let longer",
         instead: "            break;\n        }\n        let longer",
         catchers: &[Unit("keys_of_a_view")],
@@ -49,7 +49,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "view-any",
         protection: "any change of a table named with `on_any` evicts all of a view (I1)",
-        file: "src/tables.rs",
+        file: "src/depends.rs",
         text: "            (Self::Any, _) | (_, Rows::All) | (Self::Columns(_), Rows::Hashed { .. }) => Touched::All,",
         instead: "            (Self::Any, _) => Touched::Keys((&[]).into()),\n            \
              (_, Rows::All) | (Self::Columns(_), Rows::Hashed { .. }) => Touched::All,",
@@ -123,8 +123,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "rescue-fenced",
         protection: "who asks for more than the promise is not given what has expired",
         file: "src/freshness.rs",
-        text: "join: Join::Coherent, of: None, rescue: None };",
-        instead: "join: Join::Coherent, of: None, rescue: Some(Rescued { max: Duration::MAX, soft: None }) };",
+        text: "join: Join::Coherent, of: None, rescue: None, soft: None };",
+        instead: "join: Join::Coherent, of: None, rescue: Some(Rescue { max: Duration::MAX, after: None }), soft: None };",
         catchers: &[Test("outage", "what_has_expired")],
     },
     Mutant {
