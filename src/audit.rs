@@ -162,7 +162,7 @@ impl<K: Key, V: Send + Sync + 'static> Auditor<K, V> {
     fn alarm(&self, store: &Store<K, V>, served: &Served<K, V>, age: Duration) {
         store.invalidate(&served.key);
         store.counters.audits.incoherent(age);
-        let key = store.hashed.is_none().then(|| served.key.to_parts());
+        let key = store.hashed().is_none().then(|| served.key.to_parts());
         if let Some(held_back) = self.alarms.pass(self.shared.host.now()) {
             let lsn = served.entry.lsn();
             tracing::error!(

@@ -130,6 +130,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     ///
     /// As [`get`](Self::get).
     pub async fn get_many_with(&self, keys: &[K], freshness: Freshness) -> Result<Vec<Option<Cached<V>>>> {
+        self.opened().await?;
         let terms = self.terms(freshness).await?;
         let mut wanted = Vec::new();
         let asked: Result<Vec<_>> = keys.iter().map(|key| self.ask(key, terms, &mut wanted)).collect();
@@ -160,6 +161,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         if let [key] = keys {
             return Ok(vec![self.get(key).await?]);
         }
+        self.opened().await?;
         self.refuse_in_doubt()?;
         if let Some(rows) = self.held_together(keys) {
             return Ok(rows);
@@ -253,6 +255,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
 
     /// One row on these terms.
     pub(crate) async fn read(&self, key: &K, terms: Terms) -> Result<Option<Cached<V>>> {
+        self.opened().await?;
         let mut wanted = Vec::new();
         let asked = self.ask(key, terms, &mut wanted)?;
         self.start_loads(wanted);

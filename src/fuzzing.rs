@@ -244,7 +244,7 @@ impl Cache {
 
     /// What a message says of these keys.
     pub fn rows(&self, keys: &[i64]) -> Rows {
-        let Some(hashed) = &self.0.hashed else {
+        let Some(hashed) = self.0.hashed() else {
             return Rows::Keys(keys.iter().map(|key| RowKey::new(&key.to_parts())).collect());
         };
         let mut rows = hashed.rows(&0);

@@ -27,8 +27,9 @@ use crate::{
 
 use poll::Poller;
 
-/// Runs until the node is stopped. `ready` hears how the first attempt went; if it failed, nothing follows.
-pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
+/// Runs until the node is stopped. `ready` hears how the first attempt went; if it failed, nothing follows. Without, it is tried again like
+/// every other one.
+pub(crate) async fn keep(shared: Arc<Shared>, ready: Option<oneshot::Sender<Result<()>>>) {
     let mut stopping = shared.stopping();
     tokio::select! {
         biased;
@@ -37,9 +38,8 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: oneshot::Sender<Result<()>>
     }
 }
 
-async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
+async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Result<()>>>) {
     let limit = open_limit(&shared.config);
-    let mut ready = Some(ready);
     let mut pauses = pauses(shared);
     // Outlives lines: the next one goes on reading where the last one ended.
     let mut poller = Poller::new(&shared.config);
@@ -61,7 +61,7 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
             Ok(()) => {}
             Err(error) => {
                 shared.gap(Reason::ConnectionLost(full(&error)));
-                tracing::warn!(error = full(&error), "cannot restore the LISTEN connection; will try again");
+                tracing::warn!(error = full(&error), "cannot open the LISTEN connection; will try again");
             }
         }
         tokio::time::sleep(pauses.next().unwrap_or(PAUSE_MAX)).await;
@@ -70,10 +70,10 @@ async fn keep_trying(shared: &Arc<Shared>, ready: oneshot::Sender<Result<()>>) {
 
 /// No pause between two attempts is longer, jitter apart: a node is back soon after its server, and a server that is
 /// starting can refuse one connection per node and second.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
+pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Pauses between attempts: growing, and with jitter, so that the nodes of a fleet do not come back all at once.
-fn pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
+pub(crate) fn pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(20))
         .with_max_delay(PAUSE_MAX)

@@ -63,6 +63,7 @@
 //! | `node` | start, open tables, wait, stop |
 //! | `open` | opens caches: what they depend on, and what keeps them going |
 //! | `view` | entries that are made of several rows |
+//! | `warm_up` | loads rows before anybody asks for them |
 //! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
@@ -144,6 +145,7 @@ mod tls;
 mod token;
 mod transaction;
 mod view;
+mod warm_up;
 mod write;
 
 pub use change::{Change, RowKey, Rows};
@@ -167,6 +169,7 @@ pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;
 pub use view::View;
+pub use warm_up::{WarmUp, WarmUpProgress, WarmingUp};
 pub use write::{Ticket, Work};
 
 #[cfg(doctest)]

@@ -7,10 +7,12 @@ use std::{iter, sync::Arc};
 
 use crate::{
     digest::Tenths,
+    error::Error,
+    fill::Join,
     key::Key,
     shared::{Shared, Whose},
     source::{Received, Source},
-    store::{Origin, Runner},
+    store::{Asked, Origin, Runner, Store},
 };
 
 /// Loads until nothing waits. Runs in a task of its own, so that a caller who is cancelled harms nobody.
@@ -56,4 +58,42 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
             shared.host.spawn_blocking(Box::new(sweep));
         }
     }
+}
+
+/// What became of keys that nobody had asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    /// They were held already.
+    pub(crate) held: usize,
+    pub(crate) loaded: usize,
+    /// The last one's error.
+    pub(crate) failed: Option<(usize, Error)>,
+}
+
+/// Loads these keys, as far as they are not held: for callers to come.
+pub(crate) async fn ahead<K: Key, V: Send + Sync + 'static>(
+    store: &Arc<Store<K, V>>,
+    source: &Arc<dyn Source<K, V>>,
+    shared: &Arc<Shared>,
+    keys: &[K],
+) -> Ahead {
+    let mut wanted = Vec::with_capacity(keys.len());
+    let asked: Vec<_> = keys.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
+    for runner in store.enqueue(wanted) {
+        shared.host.spawn(Box::pin(run(runner, Arc::clone(source), Arc::clone(shared))));
+    }
+    let mut ahead = Ahead::default();
+    for asked in asked {
+        let Asked::Wait(answer) = asked else {
+            ahead.held += 1;
+            continue;
+        };
+        match answer.await {
+            Ok(Ok(_)) => ahead.loaded += 1,
+            Ok(Err(error)) => ahead.failed = Some((ahead.failed.map_or(0, |(count, _)| count) + 1, error)),
+            // The node is going away.
+            Err(_) => {}
+        }
+    }
+    ahead
 }

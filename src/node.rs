@@ -12,14 +12,17 @@ use crate::{
     host::Process,
     keeper,
     key::Key,
+    open::{Found, MakeSource},
     options::TableOptions,
     postgres::{
-        catalog,
-        rows::{List, Rows},
+        access::Access,
+        catalog::TrackedTable,
+        rows::{Keeps, List, Rows},
         server::Postgres,
     },
     server::Server,
     shared::{Handle, Reached, Shared},
+    source::Source,
     stats::NodeStats,
     status::{Events, Status},
     table::{FromRow, Table},
@@ -36,6 +39,8 @@ use crate::{
 pub struct Node {
     pub(crate) handle: Arc<Handle>,
     pub(crate) postgres: Arc<Postgres>,
+    /// Its start was not waited for: caches are opened late.
+    pub(crate) is_launched: bool,
 }
 
 impl Node {
@@ -75,15 +80,8 @@ impl Node {
     ///
     /// Cancelling closes whatever was opened.
     pub async fn start(config: Config) -> Result<Self> {
-        config.check()?;
-        let postgres = Arc::new(Postgres::new(config.clone()));
-        let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process::current()));
-        if !shared.config.caching {
-            shared.tables.switch_off(Some(shared.host.now()));
-        }
         let (ready, first_attempt) = oneshot::channel();
-        let keeper = tokio::spawn(keeper::keep(Arc::clone(&shared), ready));
-        let node = Self { handle: Arc::new(Handle::start(shared, keeper)), postgres };
+        let node = Self::run(config, Some(ready))?;
         match first_attempt.await {
             Ok(Ok(())) => Ok(node),
             Ok(Err(error)) => {
@@ -92,6 +90,59 @@ impl Node {
             }
             Err(_) => Err(Error::new(Kind::Closed, "the runtime was shut down while the node was starting")),
         }
+    }
+
+    /// Starts a node without waiting for Postgres: for a service that must start also while its database is not there. The node
+    /// connects in the background, and tries for as long as it takes; until then [`status`](Self::status) says
+    /// what is in the way, and [`until_coherent`](Self::until_coherent) waits.
+    ///
+    /// Tables, lists and views are opened at once as well, and looked up in the background. What would be an error of
+    /// [`table`](Self::table) is one of each read until it is mended: the triggers of a table can be installed later. A
+    /// read waits for the first look at most. [`Table::until_open`] waits, too. Tables are named in whole: `public.users`, not `users`.
+    ///
+    /// ```no_run
+    /// # use rowcache::{Config, Node, Table};
+    /// # #[derive(sqlx::FromRow)] struct User { name: String }
+    /// # async fn example() -> rowcache::Result<()> {
+    /// let node = Node::launch(Config::from_url("postgres://app@db.internal/app")?)?;
+    /// let users: Table<i64, User> = node.table("public.users").await?; // Returns at once.
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`is_config`](Error::is_config): a setting cannot be used.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn launch(config: Config) -> Result<Self> {
+        Ok(Self { is_launched: true, ..Self::run(config, None)? })
+    }
+
+    fn run(config: Config, ready: Option<oneshot::Sender<Result<()>>>) -> Result<Self> {
+        config.check()?;
+        let postgres = Arc::new(Postgres::new(config.clone()));
+        let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process::current()));
+        if !shared.config.caching {
+            shared.tables.switch_off(Some(shared.host.now()));
+        }
+        let keeper = tokio::spawn(keeper::keep(Arc::clone(&shared), ready));
+        Ok(Self { handle: Arc::new(Handle::start(shared, keeper)), postgres, is_launched: false })
+    }
+
+    /// Returns when the node is coherent: at once, but after [`launch`](Self::launch) and while there is a gap.
+    ///
+    /// # Errors
+    ///
+    /// [`is_closed`](Error::is_closed): it was shut down.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling harms nobody.
+    pub async fn until_coherent(&self) -> Result<()> {
+        self.handle.shared.until_coherent().await
     }
 
     /// A cache of the rows of a tracked table, by its key, with default options. Asking for the same table with
@@ -122,12 +173,19 @@ impl Node {
     ///
     /// Cancelling leaves nothing behind.
     pub async fn table_with<K: Key, V: FromRow>(&self, name: &str, options: TableOptions) -> Result<Table<K, V>> {
-        let tracked = catalog::open::<K>(&self.postgres.pool, self.handle.shared.config.pooler, name).await?;
-        let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
-        let hashed = tracked.secret.clone().map(Hashed::new);
-        self.cache(&tracked.name, vec![on], hashed, &options, |keeps| {
-            Arc::new(Rows::<K, V>::new(self.access(&options), &tracked, &[], keeps))
+        let (asked, keeps_by) = (name.to_owned(), options.clone());
+        self.open(name.to_owned(), options, move |opener| {
+            let (name, options) = (asked.clone(), keeps_by.clone());
+            Box::pin(async move {
+                let tracked = opener.tracked::<K>(&name).await?;
+                let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
+                let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
+                let source: MakeSource<K, V> =
+                    Box::new(move |keeps| Arc::new(Rows::<K, V>::new(opener.access(&options), &tracked, &[], keeps)));
+                Ok(Found { name, on: vec![on], hashed, source })
+            })
         })
+        .await
     }
 
     /// A view: a cache whose entries are made of several rows, by a loader of yours. Its name is your choice; by it nodes tell each
@@ -176,11 +234,10 @@ impl Node {
         columns: impl IntoIterator<Item: Into<String>>,
         options: TableOptions,
     ) -> Result<Table<K, V>> {
-        let (tracked, on, _) = self.by_columns::<K>(name, columns).await?;
-        let cache = format!("{}({})", tracked.name, tracked.key_columns.join(","));
-        self.cache(&cache, vec![on], None, &options, |keeps| {
-            Arc::new(Rows::<K, V>::new(self.access(&options), &tracked, &[], keeps))
+        self.open_by(name, columns, "", options, |access, tracked, _, keeps| {
+            Arc::new(Rows::<K, V>::new(access, tracked, &[], keeps))
         })
+        .await
     }
 
     /// The rows of a tracked table that have certain values in other columns than its key, as lists: the orders of a user, by `["user_id"]`.
@@ -204,11 +261,35 @@ impl Node {
         options: TableOptions,
     ) -> Result<Table<K, Vec<V>>> {
         options.check_unaudited()?;
-        let (tracked, on, order) = self.by_columns::<K>(name, columns).await?;
-        let cache = format!("{}({})[]", tracked.name, tracked.key_columns.join(","));
-        self.cache(&cache, vec![on], None, &options, |keeps| {
-            Arc::new(Rows::<K, Vec<V>, List>::new(self.access(&options), &tracked, &order, keeps))
+        self.open_by(name, columns, "[]", options, |access, tracked, order, keeps| {
+            Arc::new(Rows::<K, Vec<V>, List>::new(access, tracked, order, keeps))
         })
+        .await
+    }
+
+    /// A cache of a table under other columns than its key. What its name ends with says what its entries are.
+    async fn open_by<K: Key, V: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        columns: impl IntoIterator<Item: Into<String>>,
+        ending: &'static str,
+        options: TableOptions,
+        source: fn(Access, &TrackedTable, &[String], Keeps) -> Arc<dyn Source<K, V>>,
+    ) -> Result<Table<K, V>> {
+        let columns: Vec<String> = columns.into_iter().map(Into::into).collect();
+        let named = move |table: &str, columns: &[String]| format!("{table}({}){ending}", columns.join(","));
+        let (asked, keeps_by) = (name.to_owned(), options.clone());
+        self.open(named(name, &columns), options, move |opener| {
+            let (name, columns, options) = (asked.clone(), columns.clone(), keeps_by.clone());
+            Box::pin(async move {
+                let (tracked, on, order) = opener.by_columns::<K>(&name, columns).await?;
+                let name = named(&tracked.name, &tracked.key_columns);
+                let source: MakeSource<K, V> =
+                    Box::new(move |keeps| source(opener.access(&options), &tracked, &order, keeps));
+                Ok(Found { name, on: vec![on], hashed: None, source })
+            })
+        })
+        .await
     }
 
     /// Returns when everything that was committed before this call has been applied on this node.

@@ -1,10 +1,26 @@
-//! How a node opens a cache: what it depends on, its store, how it loads, and what keeps it going.
+//! How a node opens a cache: what it depends on is looked up, then its store is attached to the tables, and whatever keeps it going starts.
+//!
+//! A node that was [launched](Node::launch) may have no database yet. Its caches are opened late: the handle is there at once, its gate
+//! is closed, and a task looks up what there is to know until that succeeds. Reads that need Postgres wait for the first
+//! attempt, so that no load is asked for before the store is attached: neither a change of its tables (I1) nor the hashes of its keys
+//! can be missed.
 
-use std::sync::Arc;
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use sqlx::PgConnection;
+use tokio::{
+    sync::{mpsc::UnboundedReceiver, watch},
+    time::{sleep, timeout},
+};
 
 use crate::{
     audit::{self, Auditor},
-    error::{Error, Kind, Result},
+    error::{Error, Kind, Result, with_causes},
     hashed::Hashed,
     keeper,
     key::Key,
@@ -14,23 +30,50 @@ use crate::{
         access::Access,
         catalog::{self, TrackedTable, Widths},
         rows::Keeps,
+        server::Postgres,
     },
     refill, refresh,
-    source::Source,
-    store::{Limits, Reload, Store},
+    shared::Shared,
+    source::{Digesting, Listing, Loading, Locking, Source},
+    store::{Due, Limits, Reload, Store},
+    sync::{Mutex, lock},
     table::Table,
     tables::{Member, On},
     throttle::Throttle,
 };
 
-impl Node {
+/// What is needed to look things up. It keeps no node alive.
+#[derive(Clone)]
+pub(crate) struct Opener {
+    shared: Arc<Shared>,
+    postgres: Arc<Postgres>,
+}
+
+/// What was found out about a cache that is to be opened.
+pub(crate) struct Found<K, V> {
+    pub(crate) name: String,
+    pub(crate) on: Vec<On>,
+    pub(crate) hashed: Option<Hashed<K>>,
+    pub(crate) source: MakeSource<K, V>,
+}
+
+pub(crate) type MakeSource<K, V> = Box<dyn FnOnce(Keeps) -> Arc<dyn Source<K, V>> + Send>;
+
+/// A look that is under way.
+pub(crate) type Finding<K, V> = Pin<Box<dyn Future<Output = Result<Found<K, V>>> + Send>>;
+
+impl Opener {
+    /// A table, by its own key.
+    pub(crate) async fn tracked<K: Key>(&self, name: &str) -> Result<TrackedTable> {
+        catalog::open::<K>(&self.postgres.pool, self.shared.config.pooler, name).await
+    }
+
     /// A table as one whose key is these columns, how its cache depends on it, and its real key.
     pub(crate) async fn by_columns<K: Key>(
         &self,
         name: &str,
-        columns: impl IntoIterator<Item: Into<String>>,
+        key_columns: Vec<String>,
     ) -> Result<(TrackedTable, On, Vec<String>)> {
-        let key_columns: Vec<String> = columns.into_iter().map(Into::into).collect();
         let (on, order) = self.depend::<K>(name, Some(&key_columns), Widths::Exact).await?;
         let (name, trust) = (on.table.clone(), on.trust.clone());
         Ok((TrackedTable { name, key_columns, is_keyed: false, trust, secret: None }, on, order))
@@ -43,13 +86,13 @@ impl Node {
         columns: Option<&[String]>,
         widths: Widths,
     ) -> Result<(On, Vec<String>)> {
-        catalog::depend::<K>(&self.postgres.pool, self.handle.shared.config.pooler, name, columns, widths).await
+        catalog::depend::<K>(&self.postgres.pool, self.shared.config.pooler, name, columns, widths).await
     }
 
     /// How loads ask the pool.
     pub(crate) fn access(&self, options: &TableOptions) -> Access {
-        let config = &self.handle.shared.config;
-        let judge = Arc::clone(&self.handle.shared);
+        let config = &self.shared.config;
+        let judge = Arc::clone(&self.shared);
         Access {
             pool: self.postgres.pool.clone(),
             pooler: config.pooler,
@@ -60,17 +103,14 @@ impl Node {
         }
     }
 
-    /// The cache of this name, and what keeps it going, made if there is none yet for these types.
-    pub(crate) fn cache<K: Key, V: Send + Sync + 'static>(
+    /// Makes a cache hear of the changes of what it depends on, if it does not yet. Returns how it loads.
+    fn attach<K: Key, V: Send + Sync + 'static>(
         &self,
-        name: &str,
-        on: Vec<On>,
-        hashed: Option<Hashed<K>>,
-        options: &TableOptions,
-        source: impl FnOnce(Keeps) -> Arc<dyn Source<K, V>>,
-    ) -> Result<Table<K, V>> {
-        options.check()?;
-        let shared = &self.handle.shared;
+        cache: &Cache<K, V>,
+        found: Found<K, V>,
+    ) -> Result<Arc<dyn Source<K, V>>> {
+        let Found { name, on, hashed, source } = found;
+        let Self { shared, .. } = self;
         let heard = |on: On| {
             let trust = keeper::heard(&shared.config, &on.table, on.trust);
             let trust = trust
@@ -78,45 +118,267 @@ impl Node {
             Ok(On { trust, ..on })
         };
         let on: Vec<On> = on.into_iter().map(heard).collect::<Result<_>>()?;
-        let weigh = options.weigh()?;
-        let expiry = options.expiry()?;
+        let store = &cache.store;
+        // Of the store, whatever the options of this call: whoever loads, its entries must have what it asks them for.
+        let source = source(Keeps { digests: store.is_audited, lengths: store.weighs_received() });
+        let member = Arc::clone(store) as Arc<dyn Member>;
+        let mut unattached = lock(&cache.unattached);
+        let Some(tasks) = unattached.take() else {
+            let wanted: Vec<_> = on.into_iter().map(|on| (on.table, on.by)).collect();
+            if shared.tables.dependencies(&member) != wanted {
+                let message = format!("{name} was opened before, with other tables or columns: use another name");
+                return Err(Error::new(Kind::Config, message));
+            }
+            return Ok(source);
+        };
+        store.hash_with(hashed);
+        shared.tables.add_on(&name, on, &member);
+        drop(unattached);
+        // It may be the first one for which the log is polled between fences.
+        shared.wake.notify_one();
+        tasks.start(&name, store, &source, shared);
+        Ok(source)
+    }
+}
+
+/// A cache of a node, which all handles of its name and types share.
+pub(crate) struct Cache<K: Key, V: Send + Sync + 'static> {
+    store: Arc<Store<K, V>>,
+    /// Protects it from being attached twice.
+    unattached: Mutex<Option<Tasks<K>>>,
+}
+
+impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
+    fn new(options: &TableOptions, shared: &Shared) -> Result<Self> {
+        let config = &shared.config;
+        let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
         let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
-        let mut is_new = false;
-        let wanted: Vec<_> = on.iter().map(|on| (on.table.clone(), on.by.clone())).collect();
-        let store = self.handle.open::<K, V, _>(name, || {
-            is_new = true;
-            let config = &shared.config;
-            let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
-            let store = Store::<K, V>::new(options.bounds(), limits, hashed);
-            let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
-            let store = Arc::new(store.expiring(expiry).reloading(reload).breaking(options.breaker));
-            shared.tables.add_on(name, on, &(Arc::clone(&store) as Arc<dyn Member>));
-            // It may be the first one for which the log is polled between fences.
-            shared.wake.notify_one();
-            store
-        });
-        if !is_new && shared.tables.dependencies(&(Arc::clone(&store) as Arc<dyn Member>)) != wanted {
-            let message = format!("{name} was opened before, with other tables or columns: use another name");
+        let store = Store::<K, V>::new(options.bounds(), limits, None);
+        let store = store.audited(options.audit > 0).weighed(options.weigh()?).not_found_max(options.not_found_max);
+        let store = store.expiring(options.expiry()?).reloading(reload).breaking(options.breaker);
+        let tasks = Tasks { due, refill: options.refill, audit: options.audit };
+        Ok(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
+    }
+}
+
+/// What keeps a cache going.
+struct Tasks<K> {
+    due: Option<UnboundedReceiver<Due<K>>>,
+    refill: usize,
+    audit: u32,
+}
+
+impl<K: Key> Tasks<K> {
+    fn start<V: Send + Sync + 'static>(
+        self,
+        name: &str,
+        store: &Arc<Store<K, V>>,
+        source: &Arc<dyn Source<K, V>>,
+        shared: &Arc<Shared>,
+    ) {
+        let weak = || Arc::downgrade(store);
+        if self.refill > 0 {
+            tokio::spawn(refill::after_gaps(weak(), Arc::clone(source), Arc::clone(shared), self.refill));
+        }
+        if let Some(due) = self.due {
+            tokio::spawn(refresh::run(due, weak(), Arc::clone(source), Arc::clone(shared)));
+        }
+        if self.audit > 0 {
+            let (source, shared) = (Arc::clone(source), Arc::clone(shared));
+            let auditor = Auditor { source, shared, name: name.into(), alarms: Throttle::default() };
+            tokio::spawn(audit::watch(weak(), auditor, self.audit));
+        }
+    }
+}
+
+impl Node {
+    fn opener(&self) -> Opener {
+        Opener { shared: Arc::clone(&self.handle.shared), postgres: Arc::clone(&self.postgres) }
+    }
+
+    /// The cache that `find` finds out about, made if there is none yet of its name, for these types. A node that was launched knows it by the
+    /// name that is asked for.
+    pub(crate) async fn open<K: Key, V: Send + Sync + 'static>(
+        &self,
+        name: String,
+        options: TableOptions,
+        find: impl Fn(Opener) -> Finding<K, V> + Send + Sync + 'static,
+    ) -> Result<Table<K, V>> {
+        options.check()?;
+        let opener = self.opener();
+        if self.is_launched {
+            let cache = self.cache(&name, &options)?;
+            let late = Arc::new(Late(OnceLock::new()));
+            let (say, state) = watch::channel(State::Opening);
+            let opening =
+                Opening { opener, cache: Arc::clone(&cache), late: Arc::clone(&late), say, name: name.clone() };
+            tokio::spawn(opening.open(find));
+            return Ok(self.handle_of(&cache, late, &name, &options).pending(Pending(state)));
+        }
+        let found = find(opener.clone()).await?;
+        let name = found.name.clone();
+        let cache = self.cache(&name, &options)?;
+        let source = opener.attach(&cache, found)?;
+        Ok(self.handle_of(&cache, source, &name, &options))
+    }
+
+    fn cache<K: Key, V: Send + Sync + 'static>(&self, name: &str, options: &TableOptions) -> Result<Arc<Cache<K, V>>> {
+        let cache = Cache::new(options, &self.handle.shared)?;
+        Ok(self.handle.open::<K, V, _>(name, || Arc::new(cache)))
+    }
+
+    fn handle_of<K: Key, V: Send + Sync + 'static>(
+        &self,
+        cache: &Cache<K, V>,
+        source: Arc<dyn Source<K, V>>,
+        name: &str,
+        options: &TableOptions,
+    ) -> Table<K, V> {
+        let store = Arc::clone(&cache.store);
+        let table = Table::new(Arc::clone(&self.handle), store, source, name, options.fallback);
+        table.writing(self.postgres.writes.clone())
+    }
+}
+
+/// How far a cache that is opened late has come.
+#[derive(Clone)]
+enum State {
+    Opening,
+    Open,
+    /// So far. Somebody tries again.
+    Failed(Error),
+}
+
+/// What a handle knows of a cache that may not be open yet.
+#[derive(Clone)]
+pub(crate) struct Pending(watch::Receiver<State>);
+
+impl Pending {
+    /// Returns when the first attempt has ended: whether it is open, and if not, why.
+    pub(crate) async fn opened(&self) -> Result<()> {
+        self.reaches(|state| !matches!(state, State::Opening)).await
+    }
+
+    /// Returns when it is open, however long that takes. `false`: the node stopped first.
+    pub(crate) async fn whenever_open(&self) -> bool {
+        self.reaches(|state| matches!(state, State::Open)).await.is_ok()
+    }
+
+    /// Returns when it is open, or will not be unless somebody does something about it.
+    pub(crate) async fn until_open(&self) -> Result<()> {
+        self.reaches(|state| match state {
+            State::Opening => false,
+            State::Open => true,
+            State::Failed(why) => !(why.is_unavailable() || why.is_timeout()),
+        })
+        .await
+    }
+
+    async fn reaches(&self, is_it: impl FnMut(&State) -> bool) -> Result<()> {
+        let mut states = self.0.clone();
+        let state = states.wait_for(is_it).await.map(|state| state.clone());
+        match state {
+            Ok(State::Open) => Ok(()),
+            Ok(State::Failed(why)) => Err(why),
+            Ok(State::Opening) | Err(_) => Err(Error::new(Kind::Closed, "the node was shut down")),
+        }
+    }
+}
+
+/// Opens a cache late.
+struct Opening<K: Key, V: Send + Sync + 'static> {
+    opener: Opener,
+    cache: Arc<Cache<K, V>>,
+    late: Arc<Late<K, V>>,
+    name: String,
+    say: watch::Sender<State>,
+}
+
+impl<K: Key, V: Send + Sync + 'static> Opening<K, V> {
+    /// Tries until it succeeds, the node stops, or nobody has a handle any more.
+    async fn open(self, find: impl Fn(Opener) -> Finding<K, V> + Send + Sync) {
+        let mut stopping = self.opener.shared.stopping();
+        tokio::select! {
+            biased;
+            _ = stopping.wait_for(|stopping| *stopping) => {}
+            () = self.say.closed() => {}
+            () = self.try_on(find) => {}
+        }
+    }
+
+    async fn try_on(&self, find: impl Fn(Opener) -> Finding<K, V>) {
+        let name = &self.name;
+        let mut pauses = keeper::pauses(&self.opener.shared);
+        let mut told = String::new();
+        loop {
+            let why = match self.try_once(&find).await {
+                Ok(()) => {
+                    tracing::info!(cache = name, "open");
+                    self.say.send_replace(State::Open);
+                    return;
+                }
+                Err(why) => why,
+            };
+            let text = with_causes(&why);
+            if text != told {
+                tracing::warn!(cache = name, error = text, "cannot be opened yet; will try again");
+                told = text;
+            }
+            self.say.send_replace(State::Failed(why));
+            sleep(pauses.next().unwrap_or(keeper::PAUSE_MAX)).await;
+        }
+    }
+
+    async fn try_once(&self, find: impl Fn(Opener) -> Finding<K, V>) -> Result<()> {
+        let limit = self.opener.shared.config.load_timeout;
+        let late = |_| {
+            Err(Error::new(
+                Kind::Timeout,
+                format!("looking up {} took longer than {limit:?} (`load_timeout`)", self.name),
+            ))
+        };
+        let found = timeout(limit, find(self.opener.clone())).await.unwrap_or_else(late)?;
+        if found.name != self.name {
+            let message = format!(
+                "{} is {}: a node that was launched knows a table by its whole name, as in public.users",
+                self.name, found.name
+            );
             return Err(Error::new(Kind::Config, message));
         }
-        // Of the store, whatever the options of this call: whoever loads, its entries must have what it asks them for.
-        let keeps = Keeps { digests: store.is_audited, lengths: store.weighs_received() };
-        let table = Table::new(Arc::clone(&self.handle), store, source(keeps), name, options.fallback);
-        let table = table.writing(self.postgres.writes.clone());
-        if is_new && options.refill > 0 {
-            let store = Arc::downgrade(&table.store);
-            let refill = refill::after_gaps(store, Arc::clone(&table.source), Arc::clone(shared), options.refill);
-            tokio::spawn(refill);
-        }
-        if let Some(due) = due.filter(|_| is_new) {
-            let (store, source) = (Arc::downgrade(&table.store), Arc::clone(&table.source));
-            tokio::spawn(refresh::run(due, store, source, Arc::clone(shared)));
-        }
-        if is_new && options.audit > 0 {
-            let (source, shared) = (Arc::clone(&table.source), Arc::clone(shared));
-            let auditor = Auditor { source, shared, name: name.into(), alarms: Throttle::default() };
-            tokio::spawn(audit::watch(Arc::downgrade(&table.store), auditor, options.audit));
-        }
-        Ok(table)
+        let source = self.opener.attach(&self.cache, found)?;
+        // Nobody else sets it.
+        let _ = self.late.0.set(source);
+        Ok(())
+    }
+}
+
+/// The source of a cache that is opened late. Nothing is asked of it before.
+struct Late<K, V>(OnceLock<Arc<dyn Source<K, V>>>);
+
+impl<K, V> Late<K, V> {
+    fn source(&self) -> &dyn Source<K, V> {
+        &**self.0.get().expect("what is not open yet does not load")
+    }
+}
+
+impl<K: Send + Sync, V> Source<K, V> for Late<K, V> {
+    fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        self.source().load(keys)
+    }
+
+    fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
+        self.source().load_at_once(keys)
+    }
+
+    fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a> {
+        self.source().digests(keys)
+    }
+
+    fn keys<'a>(&'a self, query: &'a str, max: usize, limit: Duration) -> Listing<'a, K> {
+        self.source().keys(query, max, limit)
+    }
+
+    fn lock<'a>(&'a self, key: &'a K, transaction: &'a mut PgConnection) -> Locking<'a, V> {
+        self.source().lock(key, transaction)
     }
 }

@@ -12,12 +12,11 @@ use std::sync::{Arc, Weak};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    fill::Join,
     key::Key,
     load,
     shared::{Progress, Shared},
     source::Source,
-    store::{Asked, Store},
+    store::Store,
 };
 
 /// Waits for gaps to end, until the node stops or the cache is gone.
@@ -68,18 +67,7 @@ async fn refill<K: Key, V: Send + Sync + 'static>(
         if progress.borrow().gaps != gaps || !store.is_coherent() {
             break;
         }
-        let mut wanted = Vec::with_capacity(batch.len());
-        let asked: Vec<_> = batch.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
-        for runner in store.enqueue(wanted) {
-            shared.host.spawn(Box::pin(load::run(runner, Arc::clone(source), Arc::clone(shared))));
-        }
-        for asked in asked {
-            match asked {
-                // A caller was faster.
-                Asked::Hit(_) => {}
-                Asked::Wait(answer) => refilled += usize::from(answer.await.is_ok_and(|answer| answer.is_ok())),
-            }
-        }
+        refilled += load::ahead(store, source, shared, batch).await.loaded;
     }
     store.counters.refilled.add(refilled as u64);
     refilled

@@ -455,6 +455,25 @@ impl Shared {
         )
     }
 
+    /// Returns when the node is coherent, or stops.
+    pub(crate) async fn until_coherent(&self) -> Result<()> {
+        let (mut progress, mut stopping) = (self.progress.subscribe(), self.stopping.subscribe());
+        loop {
+            progress.borrow_and_update();
+            if self.is_stopping() {
+                return Err(Self::unavailable(&Reason::ShutDown));
+            }
+            if self.status_reason().is_none() {
+                return Ok(());
+            }
+            tokio::select! {
+                // The end of a gap is told there.
+                _ = progress.changed() => {}
+                _ = stopping.changed() => {}
+            }
+        }
+    }
+
     /// Why no fence comes back now.
     pub(crate) fn no_fence(&self) -> Error {
         Self::unavailable(&self.status_reason().unwrap_or(Reason::BeatLate))

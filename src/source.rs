@@ -1,6 +1,6 @@
 //! Where rows come from: the one interface between loads and a database.
 
-use std::{future::Future, pin::Pin};
+use std::{future::Future, pin::Pin, time::Duration};
 
 use sqlx::PgConnection;
 
@@ -24,6 +24,11 @@ pub(crate) trait Source<K, V>: Send + Sync {
     /// more than once.
     fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a>;
 
+    /// The keys that a query of the user's returns, at most so many.
+    fn keys<'a>(&'a self, _query: &'a str, _max: usize, _limit: Duration) -> Listing<'a, K> {
+        Box::pin(async { Err(Error::new(Kind::Config, "this cache has no database that could be asked for keys")) })
+    }
+
     /// The row of this key in this transaction, which nobody else changes before it ends; and who calls this for the same key waits for that.
     fn lock<'a>(&'a self, _key: &'a K, _transaction: &'a mut PgConnection) -> Locking<'a, V> {
         Box::pin(async {
@@ -33,6 +38,9 @@ pub(crate) trait Source<K, V>: Send + Sync {
         })
     }
 }
+
+/// Keys that are being read.
+pub(crate) type Listing<'a, K> = Pin<Box<dyn Future<Output = Result<Vec<K>>> + Send + 'a>>;
 
 /// A row that is being locked.
 pub(crate) type Locking<'a, V> = Pin<Box<dyn Future<Output = Result<Option<V>>> + Send + 'a>>;

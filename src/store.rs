@@ -81,8 +81,8 @@ pub(crate) struct Store<K, V> {
     /// Protects, for its share of the keys: which loads run, who waits for them, and publishing.
     stripes: Box<[Stripe<K, V>]>,
     hasher: DefaultHashBuilder,
-    /// Where messages have hashes in place of keys: what is needed to read them.
-    pub(crate) hashed: Option<Hashed<K>>,
+    /// Where messages have hashes in place of keys.
+    hashed: std::sync::OnceLock<Hashed<K>>,
     /// Protects the keys that wait for a runner, and the number of runners.
     queue: Mutex<Queue<K>>,
     limits: Limits,
@@ -140,7 +140,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             counters: Counters::default(),
             stripes: (0..STRIPES).map(|_| stripe()).collect(),
             hasher,
-            hashed,
+            hashed: hashed.map(Into::into).unwrap_or_default(),
             queue: Mutex::new(Queue { keys: VecDeque::new(), runners: 0 }),
             limits,
             reclaims: AtomicU64::new(0),
@@ -153,6 +153,19 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             next_look: std::sync::atomic::AtomicU32::new(0),
             is_audited: false,
             weigh: Weigh::One,
+        }
+    }
+
+    /// Where messages have hashes in place of keys: what is needed to read them.
+    pub(crate) fn hashed(&self) -> Option<&Hashed<K>> {
+        self.hashed.get()
+    }
+
+    /// Messages have hashes in place of keys. To be called before anything is asked for, if it was not known when the store was made.
+    pub(crate) fn hash_with(&self, hashed: Option<Hashed<K>>) {
+        if let Some(hashed) = hashed {
+            // There is none yet: a store is attached once.
+            let _ = self.hashed.set(hashed);
         }
     }
 
@@ -267,7 +280,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Also returns whether the caller joined others; `None`: the entry is held.
     fn ask_uncounted(&self, key: &K, join: Join, wanted: &mut Vec<K>) -> (Asked<V>, Option<bool>) {
         let (caller, answer) = oneshot::channel();
-        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
+        let hash = self.hashed().map(|hashed| (hashed, hashed.hash(key)));
         // Dropped after the lock.
         let _expired;
         let mut flights = self.flights(key);
@@ -294,15 +307,30 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// The keys of the entries that a gap has put out of service, those used most first, up to this many.
     pub(crate) fn used_before(&self, max: usize) -> Vec<K> {
-        let heat = |entry: &Entry<V>| entry.heat.load(std::sync::atomic::Ordering::Relaxed);
         let word = self.gate.word();
-        let dead = self.entries.iter().filter(|(_, entry)| entry.word != word);
-        let mut keys: Vec<(u32, K)> = dead.map(|(key, entry)| (heat(&entry), key)).collect();
+        let mut keys = self.by_use(|entry| entry.word != word);
         if keys.len() > max {
             keys.select_nth_unstable_by_key(max, |(heat, _)| std::cmp::Reverse(*heat));
             keys.truncate(max);
         }
         keys.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// The keys of the rows that are held, those used most first.
+    pub(crate) fn used_most(&self) -> Vec<K> {
+        let mut keys = self.by_use(|entry| entry.value.is_some() && !self.is_gone(entry));
+        keys.sort_unstable_by_key(|(heat, _)| std::cmp::Reverse(*heat));
+        keys.into_iter().map(|(_, key)| key).collect()
+    }
+
+    fn by_use(&self, which: impl Fn(&Arc<Entry<V>>) -> bool) -> Vec<(u32, K)> {
+        let heat = |entry: &Entry<V>| entry.heat.load(std::sync::atomic::Ordering::Relaxed);
+        self.entries.iter().filter(|(_, entry)| which(entry)).map(|(key, entry)| (heat(&entry), key)).collect()
+    }
+
+    /// How many rows can be held, at most.
+    pub(crate) fn room(&self) -> usize {
+        self.entries.room()
     }
 
     /// Queues keys for loading. Returns how many more runners are needed; each must be given to a task.
@@ -426,7 +454,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Keys that are held, and that no message with their hash would lead to: there must be none.
     pub(crate) fn unindexed(&self) -> Vec<K> {
-        let Some(hashed) = &self.hashed else { return Vec::new() };
+        let Some(hashed) = self.hashed() else { return Vec::new() };
         let missing = |key: &K| hashed.find(&hashed.hash(key)).as_ref() != Some(key);
         self.entries.iter().map(|(key, _)| key).filter(missing).collect()
     }

@@ -118,7 +118,7 @@ impl World {
             known[key] = versions[key];
             let key = i64::try_from(key).unwrap();
             let keys = || Rows::Keys(vec![RowKey::new(&key.to_parts())]);
-            self.store.hashed.as_ref().map_or_else(keys, |hashed| hashed.rows(&key))
+            self.store.hashed().map_or_else(keys, |hashed| hashed.rows(&key))
         };
         let mut channel = lock(&self.channel);
         if channel.listening {

@@ -438,7 +438,7 @@ fn a_storm_of_clears_is_reclaimed_by_one() {
 #[test]
 fn a_hash_reaches_the_load_and_the_entry_of_its_key_and_no_other() {
     let fixture = hashed_fixture(100);
-    let hashed = fixture.store.hashed.as_ref().expect("hashes");
+    let hashed = fixture.store.hashed().expect("hashes");
     let forget = |key: i64| match hashed.rows(&key) {
         Rows::Hashed { secret, hashes } => fixture.store.invalidate_hashed(&secret, &hashes),
         other => panic!("{other:?}"),
@@ -458,7 +458,7 @@ fn a_hash_reaches_the_load_and_the_entry_of_its_key_and_no_other() {
 #[test]
 fn a_sweep_leaves_what_is_held_or_under_way() {
     let fixture = hashed_fixture(100);
-    let hashed = fixture.store.hashed.as_ref().expect("hashes");
+    let hashed = fixture.store.hashed().expect("hashes");
     let load = |keys: &[i64]| {
         let (_waits, mut runners) = fixture.ask(keys);
         runners[0].take();

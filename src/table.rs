@@ -18,6 +18,7 @@ use crate::{
     freshness::{Fallback, Freshness},
     key::{self, Key},
     load,
+    open::Pending,
     shared::{Handle, Shared},
     source::Source,
     stats::Stats,
@@ -43,6 +44,8 @@ pub struct Table<K: Key, V: Send + Sync + 'static> {
     pub(crate) fallback: Fallback,
     /// Where its transactions begin. None in a simulation.
     pub(crate) writes: Option<PgPool>,
+    /// Of a cache that is opened late.
+    pending: Option<Pending>,
     name: Arc<str>,
 }
 
@@ -90,7 +93,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         name: &str,
         fallback: Fallback,
     ) -> Self {
-        Self { handle, store, source, fallback, writes: None, name: name.into() }
+        Self { handle, store, source, fallback, writes: None, pending: None, name: name.into() }
     }
 
     /// The row with this key: from memory if it is held, else from Postgres. `None`: there is no such row.
@@ -168,11 +171,12 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     ///
     /// Once polled, this node has forgotten the row. The others may not be told.
     pub async fn invalidate(&self, key: &K) -> Result<()> {
+        self.opened().await?;
         let rows = Rows::Keys(vec![RowKey::new(&key.to_parts())]);
         let change = Change::requested(&self.name, rows);
         let shared = &self.handle.shared;
         shared.reclaim(shared.tables.apply(&change));
-        let told = match &self.store.hashed {
+        let told = match self.store.hashed() {
             // The key is a secret.
             Some(hashed) => Change::requested(&self.name, hashed.rows(key)),
             None => change,
@@ -191,6 +195,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     ///
     /// As [`invalidate`](Self::invalidate).
     pub async fn clear(&self) -> Result<()> {
+        self.opened().await?;
         let shared = &self.handle.shared;
         let change = Change::requested(&self.name, Rows::All);
         shared.reclaim(shared.tables.apply(&change));
@@ -229,6 +234,40 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         &self.name
     }
 
+    /// Returns when reads can be answered: at once, but for tables of a node that was [launched](crate::Node::launch).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Node::table`](crate::Node::table), [`table_by`](crate::Node::table_by) or [`View::open`](crate::View::open), but
+    /// while Postgres does not answer; [`is_closed`](Error::is_closed) after a shutdown.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling harms nobody.
+    pub async fn until_open(&self) -> Result<()> {
+        match &self.pending {
+            Some(pending) => pending.until_open().await,
+            None => Ok(()),
+        }
+    }
+
+    /// To be waited for before anything is asked of Postgres or of other nodes.
+    pub(crate) async fn opened(&self) -> Result<()> {
+        match &self.pending {
+            Some(pending) => pending.opened().await,
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn pending_open(&self) -> Option<Pending> {
+        self.pending.clone()
+    }
+
+    pub(crate) fn pending(mut self, pending: Pending) -> Self {
+        self.pending = Some(pending);
+        self
+    }
+
     #[cold]
     async fn load(&self, key: &K) -> Result<Option<Cached<V>>> {
         self.read(key, self.coherent_terms()).await
@@ -259,7 +298,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
 
     /// Nobody will answer.
     pub(crate) fn given_up(&self, key: &K) -> Error {
-        let key = if self.store.hashed.is_some() { "…".into() } else { key::display(&key.to_parts()) };
+        let key = if self.store.hashed().is_some() { "…".into() } else { key::display(&key.to_parts()) };
         Error::new(Kind::Closed, format!("the load of {} {key} was given up", self.name))
     }
 }
@@ -272,6 +311,7 @@ impl<K: Key, V: Send + Sync + 'static> Clone for Table<K, V> {
             source: Arc::clone(&self.source),
             fallback: self.fallback,
             writes: self.writes.clone(),
+            pending: self.pending.clone(),
             name: Arc::clone(&self.name),
         }
     }

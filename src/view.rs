@@ -10,12 +10,15 @@
 //! that a change names exactly the entries that it can be part of, as it does for a table by its key. Nothing else is needed: the
 //! store, the loads and the gate are those of a table.
 
+use std::sync::Arc;
+
 use sqlx::PgConnection;
 
 use crate::{
     error::{Error, Kind, Result},
     key::Key,
     node::Node,
+    open::{Found, MakeSource},
     options::TableOptions,
     postgres::{
         built::{Building, Built},
@@ -116,12 +119,20 @@ impl<'n> View<'n> {
             let message = format!("{name} depends on no table: name those that it is made of, with `on` and `on_any`");
             return Err(Error::new(Kind::Config, message));
         }
-        let mut on = Vec::with_capacity(self.on.len());
-        for (table, columns) in &self.on {
-            on.push(self.node.depend::<K>(table, columns.as_deref(), Widths::Any).await?.0);
-        }
-        let access = self.node.access(&self.options);
-        let source = Built::new(access, &name, load);
-        self.node.cache(&name, on, None, &self.options, |_| std::sync::Arc::new(source))
+        let Self { node, on: tables, options, .. } = self;
+        let (load, keeps_by, asked) = (Arc::new(load), options.clone(), name.clone());
+        node.open(name, options, move |opener| {
+            let (tables, load, options, name) = (tables.clone(), Arc::clone(&load), keeps_by.clone(), asked.clone());
+            Box::pin(async move {
+                let mut on = Vec::with_capacity(tables.len());
+                for (table, columns) in &tables {
+                    on.push(opener.depend::<K>(table, columns.as_deref(), Widths::Any).await?.0);
+                }
+                let source = Built::new(opener.access(&options), &name, load);
+                let source: MakeSource<K, V> = Box::new(move |_| Arc::new(source));
+                Ok(Found { name, on, hashed: None, source })
+            })
+        })
+        .await
     }
 }

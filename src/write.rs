@@ -131,6 +131,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     }
 
     async fn begin(&self) -> Result<Transaction> {
+        self.opened().await?;
         let none = || Error::new(Kind::Config, format!("{} has no pool to write by", self.name()));
         Transaction::begin(self.handle(), self.writes.as_ref().ok_or_else(none)?).await
     }

@@ -43,7 +43,7 @@ use support::{Logs, TestDb, eventually};
 fn allow_gaps(logs: &Logs) {
     for line in [
         "LISTEN connection was lost",
-        "cannot restore the LISTEN connection",
+        "cannot open the LISTEN connection",
         "a fence waited too long",
         "cannot verify the triggers",
     ] {

@@ -23,7 +23,7 @@ use support::{
 };
 
 const LOST: &str = "LISTEN connection was lost";
-const AGAIN: &str = "cannot restore the LISTEN connection";
+const AGAIN: &str = "cannot open the LISTEN connection";
 const HOUR: Duration = Duration::from_hours(1);
 
 /// A node whose line goes through a proxy, and that is in no hurry to call silence a gap.

@@ -24,7 +24,7 @@ use support::{
 };
 
 const LOST: &str = "LISTEN connection was lost";
-const AGAIN: &str = "cannot restore the LISTEN connection";
+const AGAIN: &str = "cannot open the LISTEN connection";
 
 /// Two servers with a database of the same name and the same users, as a failover would leave them.
 async fn twins(version: support::Version) -> ([TempServer; 2], support::TestDb, support::TestDb) {

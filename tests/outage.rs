@@ -18,7 +18,7 @@ use support::{
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_hours(1);
 const LOST: &str = "LISTEN connection was lost";
-const AGAIN: &str = "cannot restore the LISTEN connection";
+const AGAIN: &str = "cannot open the LISTEN connection";
 
 /// A node whose loads go by way of a proxy; its line does not.
 async fn loads_by_proxy(db: &TestDb) -> (Proxy, Node) {

@@ -37,7 +37,7 @@ async fn kill(db: &TestDb, which: &str, of_spare: bool) {
 }
 
 const LOST: &str = "LISTEN connection was lost; reads go to Postgres";
-const AGAIN: &str = "cannot restore the LISTEN connection";
+const AGAIN: &str = "cannot open the LISTEN connection";
 const NO_SPARE: &str = "cannot open the spare line";
 const UNVERIFIED: &str = "cannot verify the triggers";
 

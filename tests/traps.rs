@@ -57,7 +57,7 @@ use rowcache::{Config, Node};
 use support::{TestDb, proxy::Proxy};
 
 const LOST: &str = "LISTEN connection was lost";
-const AGAIN: &str = "cannot restore the LISTEN connection";
+const AGAIN: &str = "cannot open the LISTEN connection";
 
 /// Ends every LISTEN session of this database, as an administrator or a failover would.
 const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \

@@ -10,7 +10,8 @@ use std::{
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
@@ -23,10 +24,10 @@ use crate::{
     key::{self, Key},
     postgres::{
         access::{Access, Attempt, Failed},
-        database_error, has_code, is_connection_error,
+        database_error, has_code, is_connection_error, keys,
         line::stamp_view,
     },
-    source::{Digesting, Loaded, Loading, Source, Stamp},
+    source::{Digesting, Listing, Loaded, Loading, Source, Stamp},
 };
 
 /// What a loader returns: an entry for each key that has one.
@@ -39,7 +40,7 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) struct Built<K, V, F> {
     access: Access,
     name: String,
-    load: F,
+    load: Arc<F>,
     types: PhantomData<fn() -> (K, V)>,
 }
 
@@ -57,7 +58,7 @@ where
     V: Send + 'static,
     F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
 {
-    pub(crate) fn new(access: Access, name: &str, load: F) -> Self {
+    pub(crate) fn new(access: Access, name: &str, load: Arc<F>) -> Self {
         Self { access, name: name.to_owned(), load, types: PhantomData }
     }
 
@@ -189,6 +190,10 @@ where
 
     fn load_at_once<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
         Box::pin(self.load_together(keys, self.access.deadline()))
+    }
+
+    fn keys<'a>(&'a self, query: &'a str, max: usize, limit: Duration) -> Listing<'a, K> {
+        Box::pin(keys::read(&self.access, &self.name, query, max, limit))
     }
 
     fn digests<'a>(&'a self, _keys: &'a [K]) -> Digesting<'a> {

@@ -5,6 +5,7 @@ pub(crate) mod built;
 pub(crate) mod catalog;
 mod hosts;
 pub mod install;
+mod keys;
 pub(crate) mod lent;
 pub(crate) mod line;
 pub mod migrate;

@@ -9,6 +9,7 @@ use std::{
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::atomic::Ordering,
+    time::Duration,
 };
 
 use sqlx::{
@@ -27,11 +28,11 @@ use crate::{
     postgres::{
         access::{Access, Attempt, Failed},
         catalog::TrackedTable,
-        database_error, has_code,
+        database_error, has_code, keys,
         line::stamp_view,
         server::fetch,
     },
-    source::{Digesting, Digests, Loaded, Loading, Locking, Received, Source, Stamp},
+    source::{Digesting, Digests, Listing, Loaded, Loading, Locking, Received, Source, Stamp},
 };
 
 /// Loads rows of one table, by columns that need not be its key, into values of type `V`.
@@ -257,6 +258,10 @@ where
         Box::pin(self.load_together(keys, self.access.deadline()))
     }
 
+    fn keys<'a>(&'a self, query: &'a str, max: usize, limit: Duration) -> Listing<'a, K> {
+        Box::pin(keys::read(&self.access, &self.table, query, max, limit))
+    }
+
     fn lock<'a>(&'a self, key: &'a K, transaction: &'a mut PgConnection) -> Locking<'a, V> {
         Box::pin(async move {
             if !self.is_keyed {
@@ -386,24 +391,8 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
     /// The key of a row; `None` for the one row that stands for "none found" and carries but the stamp.
     fn key_of(&self, row: &PgRow) -> Result<Option<K>> {
         let read = |error| database_error(&format!("reading the key of {}", self.table), error);
-        let types = &self.key_types;
         let first = self.columns_of(row);
-        let mut parts = Vec::with_capacity(types.len());
-        for (column, of) in (first..).zip(types) {
-            let part = match of {
-                KeyType::Int2 => row.try_get::<Option<i16>, _>(column).map_err(read)?.map(|it| KeyPart::Int(it.into())),
-                KeyType::Int4 => row.try_get::<Option<i32>, _>(column).map_err(read)?.map(|it| KeyPart::Int(it.into())),
-                KeyType::Int8 => row.try_get::<Option<i64>, _>(column).map_err(read)?.map(KeyPart::Int),
-                KeyType::Text => {
-                    row.try_get::<Option<String>, _>(column).map_err(read)?.map(|it| KeyPart::Text(it.into()))
-                }
-                KeyType::Uuid => row.try_get::<Option<Uuid>, _>(column).map_err(read)?.map(KeyPart::Uuid),
-            };
-            match part {
-                Some(part) => parts.push(part),
-                None => return Ok(None),
-            }
-        }
+        let Some(parts) = keys::parts(row, first, &self.key_types).map_err(read)? else { return Ok(None) };
         K::from_parts(&parts).map(Some).ok_or_else(|| self.broken("the key column has another type than the key"))
     }
 

@@ -36,6 +36,8 @@ impl Bounds {
 pub(super) struct Held<K, V> {
     rows: Shelf<K, V>,
     absent: Shelf<K, V>,
+    /// How many rows can be held, at most.
+    room: usize,
     pins: Arc<Pins<K>>,
 }
 
@@ -54,7 +56,8 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
             None => shelf(bounds.rows, bounds.rows, 1),
         };
         let absent = shelf(bounds.absent_bytes, bounds.absent_bytes / overhead, ABSENT_SHARD_MIN);
-        Self { rows, absent, pins }
+        let room = bounds.bytes.map_or(bounds.rows, |bytes| bytes / overhead);
+        Self { rows, absent, room, pins }
     }
 
     #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit: benches/hit_instructions.rs")]
@@ -116,6 +119,10 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
     /// What rows may weigh.
     pub(super) fn capacity(&self) -> u64 {
         self.rows.capacity()
+    }
+
+    pub(super) fn room(&self) -> usize {
+        self.room
     }
 
     /// Whether `key` is kept however little space there is. Returns whether that is news.

@@ -70,7 +70,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             Due::Early(key) => (key, false),
             Due::Changed(key) => (key, true),
         };
-        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
+        let hash = self.hashed().map(|hashed| (hashed, hashed.hash(key)));
         let mut flights = self.flights(key);
         if flights.contains_key(key) || !self.is_coherent() || (is_changed && self.peek(key).is_some()) {
             return None;

@@ -19,7 +19,7 @@ use super::{Hashed, Key, KeyHash, Runner, Store};
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Rows were changed whose keys have these hashes. `false`: they are not ours to understand.
     pub(super) fn invalidate_by_hash(&self, secret: &str, hashes: &[KeyHash]) -> bool {
-        let Some(hashed) = self.hashed.as_ref().filter(|hashed| hashed.is_made_by(secret)) else { return false };
+        let Some(hashed) = self.hashed().filter(|hashed| hashed.is_made_by(secret)) else { return false };
         for hash in hashes {
             if let Some(key) = hashed.find(hash) {
                 self.invalidate(&key);
@@ -30,7 +30,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// Takes keys out of the index that are neither held nor being loaded.
     pub(crate) fn sweep(&self) {
-        let Some(hashed) = &self.hashed else { return };
+        let Some(hashed) = self.hashed() else { return };
         let Some(mut sweep) = hashed.sweep() else { return };
         loop {
             let batch = sweep.next();
@@ -56,7 +56,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     /// The work of making the index small again, if it has grown; for a thread that may be kept busy.
     pub(crate) fn sweep(&self) -> Option<impl FnOnce() + Send + use<K, V>> {
-        let due = self.store.hashed.as_ref().is_some_and(Hashed::sweep_is_due);
+        let due = self.store.hashed().is_some_and(Hashed::sweep_is_due);
         let store = due.then(|| std::sync::Arc::clone(&self.store))?;
         Some(move || store.sweep())
     }

@@ -30,7 +30,7 @@ pub(crate) struct Drawn {
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// To be called before the row is read. The one that was drawn before for this key is good no more.
     pub(crate) fn draw(&self, key: &K) -> Drawn {
-        let hash = self.hashed.as_ref().map(|hashed| (hashed, hashed.hash(key)));
+        let hash = self.hashed().map(|hashed| (hashed, hashed.hash(key)));
         let flights = self.flights(key);
         if let Some((hashed, hash)) = hash {
             // As before a load: what messages cannot find could not be taken away.

@@ -29,7 +29,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         assert_eq!(stats.loads, ended + running.values().filter(|running| **running).count() as u64, "{stats:?}");
         assert_eq!(stats.gets, stats.hits + stats.stale + stats.misses, "{stats:?}");
         assert_eq!(stats.misses, stats.led + stats.joined + stats.declined, "{stats:?}");
-        if let Some(hashed) = &self.hashed {
+        if let Some(hashed) = self.hashed() {
             let held = self.entries.iter().map(|(key, _)| key);
             for key in held.chain(running.into_keys()) {
                 assert_eq!(hashed.find(&hashed.hash(&key)), Some(key), "held or under way, and not in the index");
@@ -48,7 +48,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         assert_eq!(lock(&self.queue).runners, 0, "a runner that is none");
         self.sweep();
         self.assert_whole();
-        if let Some(hashed) = &self.hashed {
+        if let Some(hashed) = self.hashed() {
             assert_eq!(hashed.len() as u64, self.stats().entries, "in the index, and held");
         }
     }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 pub const LOST: &str = "LISTEN connection was lost";
-pub const AGAIN: &str = "cannot restore the LISTEN connection";
+pub const AGAIN: &str = "cannot open the LISTEN connection";
 pub const TRIMMED: &str = "the change log was trimmed while this node could not read it";
 
 /// A node that reaches its database by way of a proxy.

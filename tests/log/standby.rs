@@ -9,7 +9,7 @@ use crate::{
 };
 
 const LOST: &str = "LISTEN connection was lost";
-const AGAIN: &str = "cannot restore the LISTEN connection";
+const AGAIN: &str = "cannot open the LISTEN connection";
 
 /// A primary, its standby, and the test's database on both.
 async fn pair(test: &support::Test, settings: &[(&str, &str)]) -> ([TempServer; 2], TestDb, TestDb) {

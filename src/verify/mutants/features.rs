@@ -82,9 +82,9 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "view-other-tables",
         protection: "a view of the same name and other tables is another view",
-        file: "src/node.rs",
-        text: "        if !is_new && shared",
-        instead: "        if false && !is_new && shared",
+        file: "src/open.rs",
+        text: "            if shared.tables.dependencies",
+        instead: "            if false && shared.tables.dependencies",
         catchers: &[Test("views", "what_cannot_be_watched")],
     },
     Mutant {

@@ -576,9 +576,10 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "opened-first",
         protection: "whoever loads, entries have what the options of the first handle ask for",
-        file: "src/node.rs",
+        file: "src/open.rs",
         text: "Keeps { digests: store.is_audited, lengths: store.weighs_received() }",
-        instead: "Keeps { digests: options.audit > 0, lengths: options.bytes.is_some() }",
+        instead: "Keeps { digests: store.is_audited && lock(&cache.unattached).is_some(),\n            \
+             lengths: store.weighs_received() && lock(&cache.unattached).is_some() }",
         catchers: &[Test("bounds", "who_opens_a_table_again")],
     },
     Mutant {

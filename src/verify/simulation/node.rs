@@ -152,7 +152,7 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
 
     let mut inner = world.lock();
     inner.events.insert(id, shared.subscribe().events);
-    if let Some(hashed) = &table.store.hashed {
+    if let Some(hashed) = table.store.hashed() {
         let hashes: Vec<_> = (0..inner.keys).map(|n| (hashed.hash(&key(n)), key(n))).collect();
         inner.hashes.extend(hashes);
     }
@@ -162,7 +162,7 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
 
     world.spawn(Some(id), Arc::clone(&shared).apply());
     let (ready, first_attempt) = oneshot::channel();
-    world.spawn(Some(id), keeper::keep(Arc::clone(&shared), ready));
+    world.spawn(Some(id), keeper::keep(Arc::clone(&shared), Some(ready)));
     world.spawn(Some(id), clock(Arc::clone(&shared)));
     let (store, source) = (Arc::downgrade(&node.table.store), Arc::clone(&node.table.source));
     if setup.refill > 0 {

@@ -155,7 +155,7 @@ async fn start(setup: Setup, told: mpsc::Sender<Told>) -> Result<Arc<Subject>> {
         stale.push(
             node.table_with(place.name, options.fallback(Fallback::ServeStale { max: super::wire::LEASE * 4 })).await?,
         );
-        if let Some(hashed) = &table.store.hashed {
+        if let Some(hashed) = table.store.hashed() {
             hashes.extend(place.all().map(|key| (hashed.hash(&key), key)));
         }
         tables.push(table);
