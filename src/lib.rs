@@ -81,8 +81,9 @@
 //! | `hashed` | core: keys that messages do not show |
 //! | `change`, `key` | core: messages and keys |
 //! | `change_log` | core: where a node is in the change log |
+//! | `journal` | core: what happened to the entries of a table |
 //! | `digest` | core: what an entry remembers of its row |
-//! | `status`, `stats`, `error` | what users are told |
+//! | `status`, `stats`, `explain`, `error` | what users are told |
 //!
 //! # Features
 //!
@@ -106,6 +107,7 @@ mod config;
 mod depends;
 mod digest;
 mod error;
+mod explain;
 mod fill;
 mod freshness;
 #[cfg(fuzzing)]
@@ -116,6 +118,7 @@ mod hashed;
 mod horizon;
 mod host;
 mod inbox;
+mod journal;
 mod keeper;
 mod key;
 mod lines;
@@ -152,8 +155,10 @@ pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
 pub use config::Config;
 pub use error::{Error, Result};
+pub use explain::{Explanation, Held};
 pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
+pub use journal::{Cause, TableEvent, TableEvents};
 pub use key::{Key, KeyPart, KeyType};
 pub use node::Node;
 pub use options::{OnChange, TableOptions};

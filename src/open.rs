@@ -156,6 +156,7 @@ impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
         let store = Store::<K, V>::new(options.bounds(), limits, None);
         let store = store.audited(options.audit > 0).weighed(options.weigh()?).not_found_max(options.not_found_max);
         let store = store.expiring(options.expiry()?).reloading(reload).breaking(options.breaker);
+        let store = store.journaling(options.history, config.events_max);
         let tasks = Tasks { due, refill: options.refill, audit: options.audit };
         Ok(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
     }

@@ -34,13 +34,14 @@ use quick_cache::DefaultHashBuilder;
 use tokio::sync::oneshot;
 
 use crate::{
-    change::RowKey,
+    change::{Change, RowKey},
     coherence::Incarnation,
     digest::Tenths,
     error::Result,
     fill::{Flight, Join, Verdict},
     gate::{Before, Gate, Word},
     hashed::{Hashed, KeyHash},
+    journal::{Cause, Journal, TableEvent},
     key::{Key, KeyPart},
     source::Received,
     stats::{Counters, Stats},
@@ -100,6 +101,8 @@ pub(crate) struct Store<K, V> {
     tickets: Tickets<K>,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
+    /// What happened, for who wants to know.
+    pub(crate) journal: Arc<Journal<K>>,
     /// When somebody should look for what has expired.
     next_look: std::sync::atomic::AtomicU32,
 }
@@ -150,6 +153,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             tickets: Tickets::default(),
             expiry: Expiry::default(),
             reload: None,
+            journal: Arc::new(Journal::new(0, 0)),
             next_look: std::sync::atomic::AtomicU32::new(0),
             is_audited: false,
             weigh: Weigh::One,
@@ -172,6 +176,12 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// The store of a table of which no more is asked after so many loads in a row that did not reach Postgres.
     pub(crate) fn breaking(mut self, after: Option<std::num::NonZeroU32>) -> Self {
         self.breaker.after = after;
+        self
+    }
+
+    /// The store of a table of which so many events are kept for who asks, and so many for who looks on.
+    pub(crate) fn journaling(mut self, kept: usize, ahead: usize) -> Self {
+        self.journal = Arc::new(Journal::new(kept, ahead));
         self
     }
 
@@ -233,6 +243,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             self.counters.hit();
         } else if self.gate.is_stale(entry.word) {
             self.counters.stale();
+            self.tell(|| TableEvent::HitStale { key: key.clone() });
         } else {
             return None;
         }
@@ -252,6 +263,24 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.
     pub(crate) fn peek(&self, key: &K) -> Option<Arc<Entry<V>>> {
         self.entries.peek(key).filter(|entry| entry.word == self.gate.word() && !self.has_expired(entry))
+    }
+
+    /// What is held of `key`, and whether it would be served. No trace.
+    pub(crate) fn look(&self, key: &K) -> Option<(Arc<Entry<V>>, bool)> {
+        let entry = self.entries.peek(key)?;
+        let is_served = entry.word == self.gate.word() && entry.word.is_coherent() && !self.has_expired(&entry);
+        // What neither is nor may be served is only waiting for its memory to be reclaimed.
+        (is_served || self.gate.is_stale(entry.word) || !self.is_gone(&entry) && entry.word == self.gate.word())
+            .then_some((entry, is_served))
+    }
+
+    /// Whether somebody waits for a load of `key`.
+    pub(crate) fn is_loading(&self, key: &K) -> bool {
+        self.flights(key).contains_key(key)
+    }
+
+    pub(crate) fn is_pinned(&self, key: &K) -> bool {
+        self.entries.is_pinned(key)
     }
 
     /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
@@ -347,14 +376,22 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         (0..more).map(|_| Runner::new(Arc::clone(self))).collect()
     }
 
-    /// A row was changed: nothing read before this call may be served after it.
+    /// What this node found out of a row is not what is held: as [`forget`](Self::forget).
     pub(crate) fn invalidate(&self, key: &K) {
+        self.forget(key, None);
+    }
+
+    /// A row was changed: nothing read before this call may be served after it.
+    fn forget(&self, key: &K, by: Option<&Change>) {
         let mut flights = self.flights(key);
         if let Some(flight) = flights.get_mut(key) {
             flight.void();
         }
         self.take_ticket_away(key);
         let removed = self.entries.remove(key);
+        if removed.entry().is_some() {
+            self.note(|| TableEvent::Invalidated { key: key.clone(), by: Cause::of(by) });
+        }
         drop(flights);
         self.note_change(key, &removed);
         drop(removed);
@@ -416,8 +453,15 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             if verdict == Verdict::Publish && origin.ours {
                 removed = self.entries.insert(key, &entry);
                 counters.published.add(1);
+                self.tell(|| TableEvent::Loaded { key: key.clone(), found: entry.value.is_some() });
+            } else if verdict == Verdict::Voided {
+                counters.voided.add(1);
+                self.tell(|| TableEvent::Voided { key: key.clone() });
             } else {
-                if verdict == Verdict::Voided { &counters.voided } else { &counters.uncached }.add(1);
+                counters.uncached.add(1);
+                self.tell(|| TableEvent::Uncached { key: key.clone() });
+            }
+            if verdict != Verdict::Publish || !origin.ours {
                 // What a gap put out of service is older than what is returned here, and must not be served after it.
                 removed = self.entries.remove(key);
             }
@@ -425,7 +469,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         });
         match &outcome {
             Ok(Answer { entry, .. }) => self.count_space(key, &removed, entry),
-            Err(_) => counters.failed.add(1),
+            Err(error) => {
+                counters.failed.add(1);
+                self.tell(|| TableEvent::Failed { key: key.clone(), error: error.clone() });
+            }
         }
         let landing = flight.finish();
         if !landing.again {
@@ -461,18 +508,31 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
-    fn invalidate(&self, keys: &[RowKey]) -> bool {
+    fn invalidate(&self, keys: &[RowKey], by: &Change) -> bool {
         for key in keys {
             match K::from_parts(key.parts()) {
-                Some(key) => Store::invalidate(self, &key),
+                Some(key) => self.forget(&key, Some(by)),
                 None => return false,
             }
         }
         true
     }
 
-    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash]) -> bool {
-        self.invalidate_by_hash(secret, hashes)
+    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash], by: &Change) -> bool {
+        self.forget_hashed(secret, hashes, by)
+    }
+
+    fn shown(&self) -> Word {
+        self.gate.word()
+    }
+
+    fn note_turn(&self, from: Word, by: Option<&Change>) {
+        match (from.is_coherent(), self.gate.word().is_coherent()) {
+            (true, true) => self.note(|| TableEvent::Cleared { by: Cause::of(by) }),
+            (true, false) => self.note(|| TableEvent::Gap),
+            (false, true) => self.note(|| TableEvent::Coherent),
+            (false, false) => {}
+        }
     }
 
     fn show(&self, word: Word, before: Before) {
@@ -526,6 +586,19 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let (evicted, oversized) = removed.for_space(key, came);
         self.counters.evicted.add(evicted);
         self.counters.oversized.add(u64::from(oversized));
+        for gone in removed.evicted_keys().filter(|gone| *gone != key || oversized) {
+            self.note(|| TableEvent::Evicted { key: gone.clone() });
+        }
+    }
+
+    /// Writes down what took something away.
+    fn note(&self, event: impl FnOnce() -> TableEvent<K>) {
+        self.journal.note(self.gate.now(), event);
+    }
+
+    /// Writes down what matters to who looks on.
+    fn tell(&self, event: impl FnOnce() -> TableEvent<K>) {
+        self.journal.tell(self.gate.now(), event);
     }
 
     /// The life of an entry of this key.
@@ -559,6 +632,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             let removed = self.entries.remove_if(&key, is_dead);
             if removed.is_some_and(|entry| entry.word == self.gate.word()) {
                 self.counters.expired.add(1);
+                self.note(|| TableEvent::Expired { key });
             }
         }
         self.sweep();

@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 
-use super::{Entry, Key, Origin, Received, Store};
+use super::{Entry, Key, Origin, Received, Store, TableEvent};
 use crate::{
     gate::Word,
     sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
@@ -74,6 +74,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if is_good {
             self.count_space(key, &removed, &entry);
             self.counters.put.add(1);
+            self.tell(|| TableEvent::Put { key: key.clone() });
         }
         drop(removed);
         is_good
