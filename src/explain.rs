@@ -25,8 +25,8 @@ pub struct Explanation<K> {
     pub is_loading: bool,
     /// It is [pinned](Table::pin).
     pub is_pinned: bool,
-    /// Of the table.
-    pub status: Status,
+    /// Of the table; `None`: it depends on none.
+    pub status: Option<Status>,
     /// What last took it away, and how long ago; `None`: nothing among the last
     /// [`history`](crate::TableOptions::history) events that took something away.
     pub last: Option<(Duration, TableEvent<K>)>,
@@ -74,7 +74,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
             held,
             is_loading: store.is_loading(key),
             is_pinned: store.is_pinned(key),
-            status: self.status(),
+            status: Some(self.status()),
             last: last.map(|(at, event)| (now.since(at), event)),
             hides_key: store.hashed().is_some(),
         }
@@ -130,8 +130,8 @@ impl<K: Key> fmt::Display for Explanation<K> {
         if self.is_pinned {
             f.write_str("; pinned")?;
         }
-        if let Status::Bypassed { .. } = self.status {
-            write!(f, "; {}", self.status)?;
+        if let Some(status @ Status::Bypassed { .. }) = &self.status {
+            write!(f, "; {status}")?;
         }
         Ok(())
     }

@@ -63,6 +63,7 @@
 //! | `node` | start, open tables, wait, stop |
 //! | `open` | opens caches: what they depend on, and what keeps them going |
 //! | `view` | entries that are made of several rows |
+//! | `memo` | functions whose values are kept |
 //! | `warm_up` | loads rows before anybody asks for them |
 //! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
@@ -125,6 +126,7 @@ mod lines;
 mod load;
 #[cfg(all(test, loom_core))]
 mod loom_tests;
+mod memo;
 mod node;
 mod open;
 mod options;
@@ -160,6 +162,7 @@ pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
 pub use journal::{Cause, TableEvent, TableEvents};
 pub use key::{Key, KeyPart, KeyType};
+pub use memo::Memo;
 pub use node::Node;
 pub use options::{OnChange, TableOptions};
 pub use postgres::{

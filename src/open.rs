@@ -149,9 +149,8 @@ pub(crate) struct Cache<K: Key, V: Send + Sync + 'static> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
-    fn new(options: &TableOptions, shared: &Shared) -> Result<Self> {
+    fn new(options: &TableOptions, shared: &Shared, limits: Limits) -> Result<Self> {
         let config = &shared.config;
-        let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
         let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
         let store = Store::<K, V>::new(options.bounds(), limits, None);
         let store = store.audited(options.audit > 0).weighed(options.weigh()?).not_found_max(options.not_found_max);
@@ -161,6 +160,9 @@ impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
         Ok(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
     }
 }
+
+/// Each call is by itself.
+const CALLS: Limits = Limits { runners_max: 64, batch_max: 1 };
 
 /// What keeps a cache going.
 struct Tasks<K> {
@@ -224,8 +226,26 @@ impl Node {
     }
 
     fn cache<K: Key, V: Send + Sync + 'static>(&self, name: &str, options: &TableOptions) -> Result<Arc<Cache<K, V>>> {
-        let cache = Cache::new(options, &self.handle.shared)?;
+        let config = &self.handle.shared.config;
+        let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
+        let cache = Cache::new(options, &self.handle.shared, limits)?;
         Ok(self.handle.open::<K, V, _>(name, || Arc::new(cache)))
+    }
+
+    /// A cache that depends on no table, made if there is none yet of its name, for these types.
+    pub(crate) fn open_local<K: Key, V: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        options: &TableOptions,
+        source: Arc<dyn Source<K, V>>,
+    ) -> Result<Table<K, V>> {
+        options.check()?;
+        let cache = Cache::new(options, &self.handle.shared, CALLS)?;
+        let cache = self.handle.open::<K, V, _>(name, || Arc::new(cache));
+        let make: MakeSource<K, V> = Box::new(|_| source);
+        let source =
+            self.opener().attach(&cache, Found { name: name.into(), on: Vec::new(), hashed: None, source: make })?;
+        Ok(self.handle_of(&cache, source, name, options))
     }
 
     fn handle_of<K: Key, V: Send + Sync + 'static>(

@@ -24,6 +24,11 @@ pub(crate) trait Source<K, V>: Send + Sync {
     /// more than once.
     fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a>;
 
+    /// What it loads comes from no database: it takes no turn among the node's statements, and there is no server to tell apart.
+    fn is_local(&self) -> bool {
+        false
+    }
+
     /// The keys that a query of the user's returns, at most so many.
     fn keys<'a>(&'a self, _query: &'a str, _max: usize, _limit: Duration) -> Listing<'a, K> {
         Box::pin(async { Err(Error::new(Kind::Config, "this cache has no database that could be asked for keys")) })

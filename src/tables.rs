@@ -80,6 +80,8 @@ struct Inner {
     coherent: bool,
     /// Since when it does not all the same, because somebody has switched that off.
     off: Option<Boot>,
+    /// It has been shut down.
+    shut: bool,
     /// What time the caches were told.
     ticked: Tenths,
     /// In an order that is the same in each run.
@@ -102,7 +104,25 @@ struct Cache {
     member: Arc<dyn Member>,
 }
 
+/// Which caches serve.
+#[derive(Clone, Copy)]
+struct Serves {
+    tables: bool,
+    local: bool,
+}
+
+impl Serves {
+    fn of(self, cache: &Cache) -> bool {
+        if cache.is_local() { self.local } else { self.tables }
+    }
+}
+
 impl Cache {
+    /// It depends on no table: only the service itself knows when what it holds is wrong.
+    fn is_local(&self) -> bool {
+        self.on.is_empty()
+    }
+
     /// How it depends on a table, each time that it does; or on what is said of itself.
     fn depends<'a>(&'a self, table: &'a str) -> impl Iterator<Item = &'a By> {
         let own = (self.name == table && self.on.iter().all(|(on, _)| on != table)).then_some(&By::Key);
@@ -126,12 +146,19 @@ impl Cache {
 }
 
 impl Inner {
-    fn serves(&self) -> bool {
-        self.coherent && self.off.is_none()
+    /// Whether caches that depend on tables serve, those that depend on none, or both.
+    fn serves(&self) -> Serves {
+        let on = self.off.is_none() && !self.shut;
+        Serves { tables: self.coherent && on, local: on }
     }
 
+    /// Forgets what depends on a table, or on any.
     fn clear(&mut self, table: Option<&str>, by: Option<&Change>) -> Vec<Arc<dyn Member>> {
-        self.turn(|cache| table.is_none_or(|table| cache.depends(table).next().is_some()), Before::Forgotten, by)
+        let is_told = |cache: &Cache| match table {
+            Some(table) => cache.depends(table).next().is_some(),
+            None => !cache.is_local(),
+        };
+        self.turn(is_told, Before::Forgotten, by)
     }
 
     fn turn(&mut self, which: impl Fn(&Cache) -> bool, before: Before, by: Option<&Change>) -> Vec<Arc<dyn Member>> {
@@ -139,7 +166,7 @@ impl Inner {
         let serves = self.serves();
         let Self { words, by_name, caches, .. } = self;
         for cache in caches.iter().filter(|cache| which(cache)) {
-            let word = words.fresh(serves && cache.is_trusted(by_name));
+            let word = words.fresh(serves.of(cache) && cache.is_trusted(by_name));
             let from = cache.member.shown();
             cache.member.show(word, before);
             cache.member.note_turn(from, by);
@@ -178,7 +205,7 @@ impl Tables {
             depends.push((table, by));
         }
         let cache = Cache { name: name.to_owned(), on: depends, member: Arc::clone(member) };
-        let coherent = inner.serves() && cache.is_trusted(&inner.by_name);
+        let coherent = inner.serves().of(&cache) && cache.is_trusted(&inner.by_name);
         let word = inner.words.fresh(coherent);
         member.show(word, Before::Forgotten);
         inner.caches.push(cache);
@@ -242,11 +269,11 @@ impl Tables {
             return;
         }
         if !coherent {
-            inner.turn(|_| true, Before::Stale, None);
+            inner.turn(|cache| !cache.is_local(), Before::Stale, None);
             return;
         }
         let Inner { words, by_name, caches, .. } = &mut *inner;
-        for cache in caches {
+        for cache in caches.iter().filter(|cache| !cache.is_local()) {
             let (resumes, from) = (cache.is_told_again(by_name), cache.member.shown());
             if !(resumes && cache.member.resume()) {
                 cache.member.show(words.fresh(cache.is_trusted(by_name)), Before::Forgotten);
@@ -263,7 +290,14 @@ impl Tables {
             return Vec::new();
         }
         inner.off = off;
-        inner.clear(None, None)
+        inner.turn(|_| true, Before::Forgotten, None)
+    }
+
+    /// Serves nothing any more, not even what is old.
+    pub(crate) fn shut(&self) {
+        let mut inner = lock(&self.0);
+        inner.shut = true;
+        inner.turn(|_| true, Before::Forgotten, None);
     }
 
     /// Since when it has been switched off.

@@ -417,7 +417,7 @@ fn decode<V: for<'r> FromRow<'r, PgRow>>(row: &PgRow) -> Result<V, Box<dyn std::
     }
 }
 
-pub(super) fn panic_message(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
