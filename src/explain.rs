@@ -9,6 +9,7 @@ use crate::{
     status::Status,
     store::Entry,
     table::Table,
+    tags::Tag,
 };
 
 /// What this node knows of one key: made by [`Table::explain`]. Its [`Display`](fmt::Display) is for people.
@@ -25,6 +26,8 @@ pub struct Explanation<K> {
     pub is_loading: bool,
     /// It is [pinned](Table::pin).
     pub is_pinned: bool,
+    /// What it depends on beside its key, if its loader says so.
+    pub tags: Vec<Tag>,
     /// Of the table; `None`: it depends on none.
     pub status: Option<Status>,
     /// What last took it away, and how long ago; `None`: nothing among the last
@@ -74,6 +77,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
             held,
             is_loading: store.is_loading(key),
             is_pinned: store.is_pinned(key),
+            tags: store.tags_of(key),
             status: Some(self.status()),
             last: last.map(|(at, event)| (now.since(at), event)),
             hides_key: store.hashed().is_some(),
@@ -129,6 +133,10 @@ impl<K: Key> fmt::Display for Explanation<K> {
         }
         if self.is_pinned {
             f.write_str("; pinned")?;
+        }
+        if !self.tags.is_empty() {
+            let tags: Vec<String> = self.tags.iter().map(ToString::to_string).collect();
+            write!(f, "; tagged with {}", tags.join(", "))?;
         }
         if let Some(status @ Status::Bypassed { .. }) = &self.status {
             write!(f, "; {status}")?;

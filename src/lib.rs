@@ -65,6 +65,7 @@
 //! | `view` | entries that are made of several rows |
 //! | `memo` | functions whose values are kept |
 //! | `warm_up` | loads rows before anybody asks for them |
+//! | `tags` | what entries of a view depend on that only their loader knows |
 //! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
@@ -145,6 +146,7 @@ mod store;
 mod sync;
 mod table;
 mod tables;
+mod tags;
 mod throttle;
 mod tls;
 mod token;
@@ -173,6 +175,7 @@ pub use stats::{Audits, LoadTimes, NodeStats, Stats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
+pub use tags::{Tag, Tagged};
 pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;

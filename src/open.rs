@@ -54,6 +54,8 @@ pub(crate) struct Found<K, V> {
     pub(crate) name: String,
     pub(crate) on: Vec<On>,
     pub(crate) hashed: Option<Hashed<K>>,
+    /// Its loader says what entries depend on beside their keys.
+    pub(crate) is_tagged: bool,
     pub(crate) source: MakeSource<K, V>,
 }
 
@@ -109,7 +111,7 @@ impl Opener {
         cache: &Cache<K, V>,
         found: Found<K, V>,
     ) -> Result<Arc<dyn Source<K, V>>> {
-        let Found { name, on, hashed, source } = found;
+        let Found { name, on, hashed, is_tagged, source } = found;
         let Self { shared, .. } = self;
         let heard = |on: On| {
             let trust = keeper::heard(&shared.config, &on.table, on.trust);
@@ -132,6 +134,9 @@ impl Opener {
             return Ok(source);
         };
         store.hash_with(hashed);
+        if is_tagged {
+            store.tag();
+        }
         shared.tables.add_on(&name, on, &member);
         drop(unattached);
         // It may be the first one for which the log is polled between fences.
@@ -243,8 +248,10 @@ impl Node {
         let cache = Cache::new(options, &self.handle.shared, CALLS)?;
         let cache = self.handle.open::<K, V, _>(name, || Arc::new(cache));
         let make: MakeSource<K, V> = Box::new(|_| source);
-        let source =
-            self.opener().attach(&cache, Found { name: name.into(), on: Vec::new(), hashed: None, source: make })?;
+        let source = self.opener().attach(
+            &cache,
+            Found { name: name.into(), on: Vec::new(), hashed: None, is_tagged: false, source: make },
+        )?;
         Ok(self.handle_of(&cache, source, name, options))
     }
 

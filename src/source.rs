@@ -8,6 +8,7 @@ use crate::{
     coherence::Incarnation,
     digest::Digest,
     error::{Error, Kind, Result},
+    tags::Tag,
 };
 
 /// Reads rows by key.
@@ -91,16 +92,18 @@ impl<V> Loaded<V> {
 }
 
 /// What is kept of a row as it was received.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Received {
     /// If the table is audited.
     pub(crate) digest: Digest,
     /// Its length, if rows are weighed by that. What is more than 4 GB is as much.
     pub(crate) bytes: u32,
+    /// What it depends on beside its key, if the loader says so.
+    pub(crate) tags: Vec<Tag>,
 }
 
 impl Received {
-    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0 };
+    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0, tags: Vec::new() };
 }
 
 /// An audit's reading under way.

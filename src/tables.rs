@@ -10,6 +10,7 @@ use crate::{
     gate::{Before, Word, Words},
     hashed::KeyHash,
     sync::{Arc, Mutex, lock},
+    tags::Tag,
 };
 
 /// One cache, of the rows of a table or of a view, whatever its key and value types.
@@ -19,6 +20,9 @@ pub(crate) trait Member: Send + Sync {
 
     /// Forgets the rows whose keys have these hashes. `false` when they are not under the secret that the cache has.
     fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash], by: &Change) -> bool;
+
+    /// Forgets the entries that have these tags.
+    fn invalidate_tags(&self, tags: &[Tag], by: &Change);
 
     /// Moves the gate: forgets everything, at once.
     fn show(&self, word: Word, before: Before);
@@ -237,6 +241,10 @@ impl Tables {
             let understood = match by.touched(change) {
                 Touched::Keys(keys) => member.invalidate(&keys, change),
                 Touched::Hashed(secret, hashes) => member.invalidate_hashed(secret, hashes, change),
+                Touched::Tags(tags) => {
+                    member.invalidate_tags(&tags, change);
+                    true
+                }
                 Touched::All => false,
             };
             if !understood {

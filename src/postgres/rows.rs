@@ -343,7 +343,7 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
             if keeps {
                 let digest = if digests { self.digest(row)? } else { Digest::UNKNOWN };
                 let bytes = if lengths { self.length(row)? } else { 0 };
-                let kept = received.entry(key.clone()).or_insert(Received { digest, bytes: 0 });
+                let kept = received.entry(key.clone()).or_insert(Received { digest, ..Received::default() });
                 kept.bytes = kept.bytes.saturating_add(bytes);
             }
             let value = decode::<S::Row>(row)
@@ -357,7 +357,7 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
         }
         let kept = keys.iter().filter(|_| keeps);
         Ok(Loaded {
-            received: kept.map(|key| received.get(key).copied().unwrap_or(Received::ABSENT)).collect(),
+            received: kept.map(|key| received.remove(key).unwrap_or(Received::ABSENT)).collect(),
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
             stamp,
         })

@@ -56,8 +56,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     /// The work of making the index small again, if it has grown; for a thread that may be kept busy.
     pub(crate) fn sweep(&self) -> Option<impl FnOnce() + Send + use<K, V>> {
-        let due = self.store.hashed().is_some_and(Hashed::sweep_is_due);
-        let store = due.then(|| std::sync::Arc::clone(&self.store))?;
-        Some(move || store.sweep())
+        let (keys, tags) = (self.store.hashed().is_some_and(Hashed::sweep_is_due), self.store.sweep_of_tags_is_due());
+        let store = (keys || tags).then(|| std::sync::Arc::clone(&self.store))?;
+        Some(move || {
+            store.sweep();
+            if tags {
+                store.sweep_tags();
+            }
+        })
     }
 }

@@ -50,9 +50,9 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "view-any",
         protection: "any change of a table named with `on_any` evicts all of a view (I1)",
         file: "src/depends.rs",
-        text: "            (Self::Any, _) | (_, Rows::All) | (Self::Columns(_), Rows::Hashed { .. }) => Touched::All,",
+        text: "            (Self::Any, _) | (_, Rows::All) | (Self::Columns(_) | Self::Tagged, Rows::Hashed { .. }) => Touched::All,",
         instead: "            (Self::Any, _) => Touched::Keys((&[]).into()),\n            \
-             (_, Rows::All) | (Self::Columns(_), Rows::Hashed { .. }) => Touched::All,",
+             (_, Rows::All) | (Self::Columns(_) | Self::Tagged, Rows::Hashed { .. }) => Touched::All,",
         catchers: &[Test("views", "each_change_evicts"), Unit("keys_of_a_view")],
     },
     Mutant {
