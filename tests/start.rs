@@ -169,6 +169,13 @@ pg_test! {
         assert_eq!(held(&users), [2, 3, 9, 10]);
         let stats = users.stats();
         assert_eq!((stats.gets, stats.queries), (1, 3), "not gets, and one statement each time");
+        node.set_caching(false);
+        let mut later = users.warm_up(WarmUp::keys([5]));
+        name(&users, 5).await;
+        assert_eq!((later.progress().keys, later.progress().loaded), (None, 0), "nothing would be kept");
+        node.set_caching(true);
+        assert_eq!(later.finished().await.loaded, 1);
+        assert_eq!(held(&users), [5], "switching forgets everything");
         for (wrong, says) in [
             ("select id, name from users", "must return (bigint)"),
             ("select name from users", "must return (bigint)"),

@@ -144,7 +144,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "unkept-removes",
         protection: "a load that is not kept removes what a gap left of its key (I2)",
-        file: "src/store.rs",
+        file: "src/store/publish.rs",
         text: "                removed = self.entries.remove(key);\n            }\n            Answer",
         instead: "                removed = Removed::default();\n            }\n            Answer",
         catchers: &[Unit("a_gap_puts_entries_out_of_service")],
