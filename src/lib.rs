@@ -152,7 +152,7 @@ pub use config::Config;
 pub use error::{Error, Result};
 pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
-pub use key::{Key, KeyPart, KeyType};
+pub use key::{EnumLabel, Key, KeyPart, KeyType};
 pub use node::Node;
 pub use options::{OnChange, TableOptions};
 pub use postgres::{
