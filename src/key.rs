@@ -185,15 +185,16 @@ impl fmt::Display for KeyPart<'_> {
 /// | `timestamptz` | `chrono::DateTime<Utc>`, `time::OffsetDateTime` | `chrono`, `time` |
 /// | `numeric` | `rust_decimal::Decimal` | `rust_decimal` |
 ///
-/// Domains over these are held as what they are over. Other types are refused when the table is tracked; of those, `char(n)`
-/// and `citext` because several texts are one key to them.
+/// Domains over these are held as what they are over, but for domains over enums, which Postgres itself cannot compare. Other types are
+/// refused when the table is tracked; of those, `char(n)` and `citext` because several texts are one key to them.
 ///
 /// Two keys are the same if Postgres says that they are equal: `1.0` and `1.00` are, and so is one moment with two offsets. A
 /// value that no column can hold is the key of no row: times are not rounded, so one with a fraction of a microsecond is never found.
 /// Nor can a row be asked for whose key the Rust type cannot hold: `infinity`, `NaN`, a date beyond the range of the
 /// type. When such a row changes, the whole table is forgotten, unless its keys are sent as hashes.
 ///
-/// Implement it for a type of your own by handing over to the type inside:
+/// Implement it for a type of your own by handing over to the type inside (by `<Decimal as Key>::from_parts`, where the type has a
+/// function of that name):
 ///
 /// ```
 /// use rowcache::{Key, KeyPart, KeyType};

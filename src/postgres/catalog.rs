@@ -22,7 +22,7 @@ pub(crate) struct Description {
     pub(crate) relkind: Option<String>,
     pub(crate) key_columns: Vec<String>,
     pub(crate) key_types: Vec<String>,
-    /// Which of these are enums.
+    /// Which of these are enums. A domain over one is not: Postgres cannot compare its values.
     pub(crate) key_enums: Vec<bool>,
     /// Further columns whose values messages have.
     pub(crate) columns: Vec<String>,
@@ -39,7 +39,7 @@ pub(crate) struct Description {
 pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, coalesce(key_columns, '{}') as key_columns, \
      coalesce(key_types, '{}') as key_types, \
      array(select exists (select from pg_catalog.pg_attribute a \
-         join pg_catalog.pg_type t on t.oid = rowcache.base_type(a.atttypid) and t.typtype = 'e' \
+         join pg_catalog.pg_type t on t.oid = a.atttypid and t.typtype = 'e' \
          where a.attrelid = pg_catalog.to_regclass(relation) and a.attname = k.name and a.attnum > 0 and not a.attisdropped) \
        from pg_catalog.unnest(key_columns) with ordinality as k(name, position) order by k.position) as key_enums, \
      coalesce(columns, '{}') as columns, tracked, coalesce(problems, '{}') as problems, fingerprint, \
@@ -127,10 +127,10 @@ pub(crate) enum Widths {
 }
 
 /// The types of columns, in the order in which they are named, and whether they are enums; null: there is no such column.
-const TYPES: &str = "select c.name, format_type(t.oid, null), coalesce(t.typtype = 'e', false) \
+const TYPES: &str = "select c.name, format_type(rowcache.base_type(a.atttypid), null), coalesce(t.typtype = 'e', false) \
      from unnest($2::text[]) with ordinality as c(name, position) \
      left join pg_attribute a on a.attrelid = $1::text::regclass and a.attname = c.name and a.attnum > 0 and not a.attisdropped \
-     left join pg_type t on t.oid = rowcache.base_type(a.atttypid) \
+     left join pg_type t on t.oid = a.atttypid \
      order by c.position";
 
 /// Reads the secret that hashes the keys of this table, and of all others of this database with hashed keys.

@@ -83,10 +83,9 @@ impl KeyColumn<'_> {
 
     /// A query for the values of an enum whose labels are these. It names the type by the column, of which it reads no row.
     fn labels(&self, are: &str) -> String {
-        // The null makes of a domain what it is over.
         format!(
             "(select l.label from (select 1) one left join only {} x on false \
-             cross join pg_catalog.unnest(pg_catalog.enum_range(coalesce(x.{}, null))) l(label) where l.label::text = {are})",
+             cross join pg_catalog.unnest(pg_catalog.enum_range(x.{})) l(label) where l.label::text = {are})",
             self.table, self.name
         )
     }
