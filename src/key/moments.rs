@@ -32,7 +32,7 @@ pub(super) fn day(text: &str) -> Option<i64> {
 pub(super) fn moment_text(seconds: i64, nanos: u32) -> String {
     let micros =
         seconds.checked_sub(EPOCH).and_then(|it| it.checked_mul(1_000_000)?.checked_add((nanos / 1000).into()));
-    match micros.filter(|micros| MICROS.contains(micros) && nanos % 1000 == 0 && nanos < 1_000_000_000) {
+    match micros.filter(|micros| MICROS.contains(micros) && nanos.is_multiple_of(1000) && nanos < 1_000_000_000) {
         Some(micros) => micros.to_string(),
         None => format!("{NEVER}{seconds} {nanos}"),
     }

@@ -68,7 +68,7 @@ fn bools_bytes_and_labels() {
     assert_eq!(text(&vec![0_u8, 255, 0x5c]), "00ff5c");
     assert_eq!(
         (text(&Vec::<u8>::new()), from_text(""), text(&EnumLabel::from("sad"))),
-        ("".into(), Some(vec![]), "sad".into())
+        (String::new(), Some(vec![]), "sad".into())
     );
     for wrong in ["t", "TRUE", "1", ""] {
         assert_eq!(from_text::<bool>(wrong), None, "{wrong}");
