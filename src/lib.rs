@@ -38,8 +38,8 @@
 //!   survive transaction pooling. The pool may go through one that keeps track of prepared statements.
 //! * Writers pay for the triggers, and transactions that notify **commit one at a time**, in the whole cluster. Right
 //!   for tables that are read much more often than written; the README has figures.
-//! * The table needs a **key**, made of integers, text and uuids. A statement that changes very many rows drops the
-//!   whole table from memory.
+//! * The table needs a **key**, made of integers, text, uuids, booleans, bytes, enums, dates, timestamps or numerics ([`Key`] says
+//!   which Rust types hold them). A statement that changes very many rows drops the whole table from memory.
 //! * A row is cached as the pool's role sees it. Row-level security and views that depend on the time or on the session
 //!   are not for sharing.
 //! * The lease is checked by a thread of its own, every 10 ms, not by every read. A process that was stopped or
@@ -93,6 +93,9 @@
 //! | --- | --- |
 //! | (none) | the library |
 //! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `demo` |
+//! | `chrono` | keys of `date`, `timestamp` and `timestamptz` as types of crate `chrono`; values, too: it turns on sqlx's feature of that name |
+//! | `time` | the same as types of crate `time` |
+//! | `rust_decimal` | keys of `numeric` as `rust_decimal::Decimal`, and values |
 //! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
 #[cfg(feature = "cli")]
@@ -163,7 +166,7 @@ pub use explain::{Explanation, Held};
 pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
 pub use journal::{Cause, TableEvent, TableEvents};
-pub use key::{Key, KeyPart, KeyType};
+pub use key::{EnumLabel, Key, KeyPart, KeyType};
 pub use memo::Memo;
 pub use node::Node;
 pub use options::{OnChange, TableOptions};
