@@ -81,6 +81,8 @@ impl Ground {
         let mut tables: Vec<Rows<K>> = Vec::new();
         for node in &self.nodes {
             tables.push(node.table(&table).await.unwrap_or_else(|error| panic!("{columns}: {error}")));
+            // What was told of the first rows is not to come later.
+            node.barrier().await.expect("coherent");
         }
         let all = [a.clone(), b.clone(), c.clone(), d.clone()];
         let load = async || {
@@ -288,6 +290,7 @@ pg_test! {
             )).await;
             for node in &ground.nodes {
                 let flags: Rows<bool> = node.table(table).await.expect("opens");
+                node.barrier().await.expect("coherent");
                 assert_eq!((read(&flags, &true).await, read(&flags, &false).await), (Some(1), None));
                 let many = flags.get_many(&[false, true]).await.expect("hits");
                 assert!(many[0].is_none() && many[1].is_some());
@@ -343,6 +346,7 @@ pg_test! {
         let moods = node.list_by::<_, Row>("public.visits", ["mood"], options()).await.expect("opens");
         let amounts = node.list_by::<_, Row>("public.visits", ["amount", "flag"], options()).await.expect("opens");
         let moments = node.table_by::<_, Row>("public.visits", ["at"], options()).await.expect("opens");
+        node.barrier().await.expect("coherent");
         let (leap, march) = (date("2024-02-29"), date("2024-03-01"));
         let (sad, glad) = (EnumLabel::from("sad"), EnumLabel::from("glad"));
         let (half, three) = ((decimal("1.500"), true), (decimal("3"), false));

@@ -52,6 +52,7 @@ pg_test! {
                     values.join(", "), within[0].1, within[1].1
                 )).await;
                 let rows: Rows<K> = node.table(&table).await.expect("opens");
+                node.barrier().await.expect("coherent");
                 for sql in beyond {
                     for (key, _) in &within {
                         assert_eq!(read(&rows, key).await, Some(1), "{of}");
@@ -93,6 +94,7 @@ pg_test! {
              insert into public.t values ('infinity', 1), ('2024-01-01', 2)",
         ).await;
         let rows: Rows<Until> = node.table("public.t").await.expect("opens");
+        node.barrier().await.expect("coherent");
         let day = Until::Day(date("2024-01-01"));
         assert_eq!((read(&rows, &Until::Ever).await, read(&rows, &day).await), (Some(1), Some(2)));
         db.execute("update public.t set v = 3 where k = 'infinity'").await;
@@ -118,6 +120,7 @@ pg_test! {
             let (row, between) = (utc("2024-01-01T00:00:00.000001Z"), utc("2024-01-01T00:00:00.000001001Z"));
             let before_postgres = utc("-5000-01-01T00:00:00Z");
             let rows: Rows<chrono::DateTime<chrono::Utc>> = node.table(t).await.expect("opens");
+            node.barrier().await.expect("coherent");
             for key in [between, before_postgres] {
                 assert_eq!(read(&rows, &key).await, None, "{key:?}");
                 let seen = rows.modify(&key, |row, _| Box::pin(async move { Ok::<_, Error>(row.map(|row| row.v)) }));
