@@ -1,19 +1,16 @@
 //! The audit of rows that were served: it finds what nobody told, and is silent whatever else happens.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
 };
 
-use fixture::{event, hasty, migrated, node, users_db};
 use rowcache::{Event, Node, Table, TableOptions};
-use support::eventually;
+
+use crate::{
+    fixture::{self, event, hasty, migrated, node, users_db},
+    support::eventually,
+};
 
 /// What happens to the users while they are read and audited, and half of them written; each leaves the table as good as before.
 const CHAOS: [&str; 8] = [

@@ -1,14 +1,12 @@
 //! Wrong URLs, wrong tables, wrong keys, wrong messages: what is said, and that nothing worse happens.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
-use fixture::{User, migrated, name, node, users, users_db};
 use rowcache::{Config, Error, Event, Node, Table};
 use sqlx::FromRow;
+
+use crate::{
+    fixture::{self, User, migrated, name, node, users, users_db},
+    support,
+};
 
 /// The error of something that must fail, with all its causes.
 fn refused<T>(result: Result<T, Error>) -> (Error, String) {

@@ -1,16 +1,13 @@
 //! How much a table's cache holds: rows by number or by memory, keys that do not exist apart, and what strangers can do.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::num::NonZeroU32;
 
-use fixture::{User, Users, name, node, users, users_db, users_server};
 use rowcache::{Lookup, Table, TableOptions};
-use support::eventually;
+
+use crate::{
+    fixture::{User, Users, name, node, users, users_db, users_server},
+    support::eventually,
+};
 
 /// A table of documents, each with a body of so many bytes.
 const DOCUMENTS: &str = "create table public.documents (id bigint primary key, title text not null, body bytea not null);

@@ -1,7 +1,5 @@
 //! The `rowcache` program as its users meet it: the real binary, a real Postgres, and what is printed line by line.
 
-#![cfg(feature = "verify")]
-
 #[macro_use]
 mod support;
 

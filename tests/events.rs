@@ -1,16 +1,13 @@
 //! What is told of the entries of a table, as it happens and afterwards.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::time::Duration;
 
-use fixture::{Users, event, hasty, migrated, name, node, users, users_db};
 use rowcache::{Cause, Config, Event, Freshness, Node, Table, TableEvent, TableEvents, TableOptions};
-use support::{TestDb, eventually, proxy::Proxy};
+
+use crate::{
+    fixture::{self, Users, event, hasty, migrated, name, node, users, users_db},
+    support::{self, TestDb, eventually, proxy::Proxy},
+};
 
 const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity
     where datname = current_database() and application_name like 'rowcache (listener%'";

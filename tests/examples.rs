@@ -1,19 +1,17 @@
 //! The examples do what their first lines say, as processes of their own, on real Postgres.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{path::PathBuf, process::Stdio};
 
-use support::{PATIENCE, TestDb, Version};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     net::TcpStream,
     process::{Child, ChildStdout, Command},
     time::timeout,
+};
+
+use crate::{
+    fixture,
+    support::{self, PATIENCE, TestDb, Version},
 };
 
 /// A running example. Killed when this is dropped.
@@ -24,7 +22,7 @@ struct Example {
 
 impl Example {
     fn start(name: &str, environment: &[(&str, &str)]) -> Self {
-        // target/debug/deps/examples-0123456789abcdef → target/debug/examples/NAME
+        // target/debug/deps/it-0123456789abcdef → target/debug/examples/NAME
         let own = std::env::current_exe().expect("this program has a path");
         let built: PathBuf = own.parent().and_then(|deps| deps.parent()).expect("deps").join("examples").join(name);
         assert!(built.is_file(), "{} was not built: run `cargo build --all-features --examples`", built.display());

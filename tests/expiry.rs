@@ -1,19 +1,16 @@
 //! How long entries live while nothing changes: on a real node, with its own clock.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     sync::Mutex,
     time::{Duration, Instant},
 };
 
-use fixture::{Users, name, node, users_db};
 use rowcache::{OnChange, Table, TableOptions};
-use support::eventually;
+
+use crate::{
+    fixture::{Users, name, node, users_db},
+    support::eventually,
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 

@@ -5,8 +5,6 @@
 //! the fault is over the node is back by itself: coherent, holding rows, hearing changes. `gap.rs` has the faults that were
 //! there first.
 
-#![cfg(feature = "verify")]
-
 #[macro_use]
 mod support;
 mod fixture;

@@ -1,11 +1,5 @@
 //! Reads that ask for more, or for less, than a coherent entry; tokens; and what reads do while the node is not coherent.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     sync::{
         Arc,
@@ -14,12 +8,15 @@ use std::{
     time::Duration,
 };
 
-use fixture::{User, Users, event, hasty, name, node, users, users_db, users_server};
 use rowcache::cli::temp_server::Stop;
 use rowcache::{Config, Event, Fallback, Freshness, Lookup, Node, Table, TableOptions, Token};
-use support::{
-    TestDb, eventually,
-    proxy::{Close, Direction, Flow, Proxy},
+
+use crate::{
+    fixture::{User, Users, event, hasty, name, node, users, users_db, users_server},
+    support::{
+        self, TestDb, eventually,
+        proxy::{Close, Direction, Flow, Proxy},
+    },
 };
 
 const LOST: &str = "LISTEN connection was lost";

@@ -1,12 +1,6 @@
 //! Everything that can come between a commit and a node: what reads return meanwhile, and that nothing from
 //! before is served after it.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     sync::{
         Arc, Barrier,
@@ -15,12 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fixture::{event, gap_and_recovery, hasty, name, node, users, users_db, users_server};
 use rowcache::cli::temp_server::{Stop, TempServer};
 use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
-use support::{
-    eventually,
-    proxy::{Close, Proxy},
+
+use crate::{
+    fixture::{self, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
+    support::{
+        self, eventually,
+        proxy::{Close, Proxy},
+    },
 };
 
 const LOST: &str = "LISTEN connection was lost";

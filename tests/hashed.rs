@@ -1,18 +1,15 @@
 //! Tables whose keys are secrets, read through the cache: messages have hashes, and a node knows whose they are.
 
-#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::fmt::Debug;
 
-use fixture::{event, migrated, node};
 use rowcache::{Event, Key, KeyHash, Lookup, Node, Reason, Rows, Status, Table, TableOptions};
 use sqlx::FromRow;
-use support::{TestDb, Version};
 use uuid::Uuid;
+
+use crate::{
+    fixture::{event, migrated, node},
+    support::{TestDb, Version},
+};
 
 #[derive(Debug, FromRow)]
 struct Session {

@@ -1,8 +1,6 @@
 //! Tables that are told by way of the change log: nothing is missed, whoever commits when; what a node was away for is read
 //! afterwards; poolers and standbys.
 
-#![cfg(feature = "verify")]
-
 #[macro_use]
 mod support;
 mod fixture;

@@ -1,11 +1,5 @@
 //! Functions whose values are kept, whatever becomes of the database.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     io,
     sync::{
@@ -15,10 +9,13 @@ use std::{
     time::Duration,
 };
 
-use fixture::{event, hasty, migrated, node};
 use rowcache::{Cause, Event, Memo, Node, OnChange, TableEvent, TableOptions};
-use support::eventually;
 use tokio::sync::Semaphore;
+
+use crate::{
+    fixture::{event, hasty, migrated, node},
+    support::eventually,
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity

@@ -1,18 +1,15 @@
 //! What callers get when Postgres does not answer loads: an error soon, or what is held if it is not known to be wrong.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{num::NonZeroU32, time::Duration};
 
-use fixture::{Users, event, gap_and_recovery, hasty, name, users_db};
 use rowcache::{Config, Event, Freshness, Lookup, Node, Status, Table, TableOptions};
-use support::{
-    TestDb, eventually,
-    proxy::{Close, Direction, Flow, Proxy},
+
+use crate::{
+    fixture::{Users, event, gap_and_recovery, hasty, name, users_db},
+    support::{
+        TestDb, eventually,
+        proxy::{Close, Direction, Flow, Proxy},
+    },
 };
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -1,19 +1,14 @@
 //! A real PgBouncer in transaction mode: LISTEN succeeds, and nothing ever arrives.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-#[allow(dead_code)] // uses its part
-#[path = "cli/program.rs"]
-mod program;
-
 use std::{collections::HashMap, fs, io::Write as _, os::unix::fs::PermissionsExt as _, process::Stdio};
 
-use fixture::{hasty, users_db};
 use rowcache::{Node, Table};
 use tokio::process::{Child, Command};
+
+use crate::{
+    fixture::{self, hasty, users_db},
+    program, support,
+};
 
 /// A pooler in transaction mode in front of the test's server, on a free port.
 struct Pooler {

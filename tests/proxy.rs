@@ -1,24 +1,20 @@
 //! The tools that other tests trust: the proxy breaks what it says it breaks, and the witness of the log sees all threads.
 
-#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
-
-#[macro_use]
-mod support;
-
 use std::{
     io::ErrorKind,
     net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
-use support::{
-    Logs, PATIENCE, database,
-    proxy::{Close, Direction, Flow, Proxy},
-};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     time::timeout,
+};
+
+use crate::support::{
+    self, Logs, PATIENCE, database,
+    proxy::{Close, Direction, Flow, Proxy},
 };
 
 /// A proxy with one connection through it: the client's end and the server's end.

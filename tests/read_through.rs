@@ -1,15 +1,13 @@
 //! Reading through the cache, and what an UPDATE elsewhere does to it: one node and several, on real Postgres.
 
-#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
-
-#[macro_use]
-mod support;
-mod fixture;
-
-use fixture::{User, Users, migrated, name, node, users, users_db};
 use rowcache::{Lookup, Node, Status, Table, TableOptions};
 use sqlx::FromRow;
 use uuid::Uuid;
+
+use crate::{
+    fixture::{self, User, Users, migrated, name, node, users, users_db},
+    support,
+};
 
 pg_test! {
     async fn caching_can_be_switched_off_and_on_again(test: Test) {

@@ -1,11 +1,5 @@
 //! A node with two lines: losing one is no gap, losing both is one.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     sync::{
         Arc,
@@ -14,11 +8,14 @@ use std::{
     time::Duration,
 };
 
-use fixture::{Users, event, name, users, users_db, users_server};
 use rowcache::{Config, Event, Events, Node, RowKey, Rows, cli::temp_server::Stop};
-use support::{
-    PATIENCE, TestDb, eventually,
-    proxy::{Close, Connection, Direction, Flow, Proxy},
+
+use crate::{
+    fixture::{self, Users, event, name, users, users_db, users_server},
+    support::{
+        self, PATIENCE, TestDb, eventually,
+        proxy::{Close, Connection, Direction, Flow, Proxy},
+    },
 };
 
 /// Ends a connection of the line that is heard, or of its spare, which is the younger one.

@@ -1,16 +1,13 @@
 //! Starting without a database, and loading rows before anybody asks for them.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{collections::HashMap, fs, path::PathBuf, time::Duration};
 
-use fixture::{User, Users, event, hasty, migrated, name, node, users, users_db, users_server};
 use rowcache::{Config, Event, Lookup, Node, Status, Table, TableOptions, WarmUp, cli::temp_server::Stop};
-use support::{TestDb, eventually};
+
+use crate::{
+    fixture::{User, Users, event, hasty, migrated, name, node, users, users_db, users_server},
+    support::{TestDb, eventually},
+};
 
 const AGAIN: &str = "cannot open the LISTEN connection";
 const NOT_YET: &str = "cannot be opened yet";

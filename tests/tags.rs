@@ -1,11 +1,5 @@
 //! What an entry depends on that only its loader knows: a change of it evicts just the entries that have it.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     collections::HashMap,
     sync::{
@@ -15,11 +9,14 @@ use std::{
     time::Duration,
 };
 
-use fixture::{migrated, node};
 use rowcache::{BoxError, Node, Table, TableOptions, Tag, Tagged};
 use sqlx::PgConnection;
-use support::{TestDb, Version, eventually};
 use tokio::sync::Semaphore;
+
+use crate::{
+    fixture::{migrated, node},
+    support::{TestDb, Version, eventually},
+};
 
 /// Users have a plan each: 1 and 2 the first, 3 the second, 4 one that there is not, 5 none.
 const SHOP: &str = "

@@ -1,10 +1,5 @@
 //! The throw-away server itself: it starts, stops, crashes and, whatever happens to its owner, ends.
 
-#![cfg(feature = "verify")] // the throw-away server and the proxy are part of it: `cargo test --all-features`
-
-#[macro_use]
-mod support;
-
 use std::{
     env,
     io::{BufRead as _, BufReader},
@@ -18,8 +13,9 @@ use nix::{
     unistd::{Pid, getpgid},
 };
 use rowcache::cli::temp_server::{Stop, TempServer};
-use support::{PATIENCE, Version, connect, database, eventually, server, server_options, shared_server};
 use tokio::time::timeout;
+
+use crate::support::{PATIENCE, Version, connect, database, eventually, server, server_options, shared_server};
 
 async fn text(client: &tokio_postgres::Client, sql: &str) -> String {
     client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
@@ -185,6 +181,9 @@ async fn as_root_a_closed_directory_is_named_with_its_user() {
 /// Set in a process that [`Owner::start`] has started: `15 wait`.
 const OWNER: &str = "ROWCACHE_TEST_OWNER";
 
+/// The name of [`the_owner_process`] in this program.
+const OWNER_PROCESS: &str = "temp_server::the_owner_process";
+
 /// Another process that owns a server.
 struct Owner {
     process: Child,
@@ -196,7 +195,7 @@ impl Owner {
     /// `then`: what it does when the server runs, `wait` or `exit`.
     fn start(version: Version, then: &str) -> Self {
         let mut process = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "the_owner_process", "--nocapture"])
+            .args(["--exact", OWNER_PROCESS, "--nocapture"])
             .env(OWNER, format!("{} {then}", version.major()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -1,7 +1,5 @@
 //! The torture run: finds nothing where nothing is wrong, and leaves nothing behind.
 
-#![cfg(feature = "verify")]
-
 use std::{
     io::{BufRead as _, BufReader},
     process::{Child, Command, Stdio},

@@ -26,35 +26,24 @@
 //! | `trap_22_the_old_row_served_for_ever` | old rows were served for as long as the database was away | `limits.rs` |
 //! | `trap_23_the_load_that_is_stuck` | a load that hung, panicked or was cancelled blocked its key | `limits.rs` |
 
-#![cfg(feature = "verify")]
 #![allow(clippy::doc_markdown)] // names of other projects are not code
 
-#[macro_use]
-mod support;
-mod fixture;
-
-#[path = "traps/fills.rs"]
 mod fills;
-#[path = "traps/limits.rs"]
 mod limits;
-#[path = "traps/line.rs"]
 mod line;
-#[path = "traps/loads.rs"]
 mod loads;
-#[path = "traps/order.rs"]
 mod order;
-#[path = "cli/program.rs"]
-#[allow(dead_code)] // the program is the subject of `cli.rs`; here it is asked once
-mod program;
-#[path = "traps/slow.rs"]
 mod slow;
-#[path = "traps/writes.rs"]
 mod writes;
 
 use std::{fs, path::Path};
 
 use rowcache::{Config, Node};
-use support::{TestDb, proxy::Proxy};
+
+use crate::{
+    fixture,
+    support::{TestDb, proxy::Proxy},
+};
 
 const LOST: &str = "LISTEN connection was lost";
 const AGAIN: &str = "cannot open the LISTEN connection";

@@ -4,30 +4,19 @@
 //! further column, `#0f…` a hashed key; of another table the words start with its name and a colon; `_` stands for a space. Nothing more than the list may arrive: a
 //! marker sent afterwards comes next (commits are delivered in order).
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-
-#[path = "triggers/fingerprint.rs"]
 mod fingerprint;
-#[path = "triggers/fires.rs"]
 mod fires;
-#[path = "triggers/hashed.rs"]
 mod hashed;
-#[path = "triggers/message.rs"]
 mod message;
-#[path = "triggers/migrate.rs"]
 mod migrate;
-#[path = "triggers/track.rs"]
 mod track;
-#[path = "triggers/tree.rs"]
 mod tree;
 
 use std::{collections::BTreeSet, fmt::Write as _};
 
 use serde_json::Value;
-use support::{Notifications, Test, TestClient, TestDb, database};
+
+use crate::support::{Notifications, Test, TestClient, TestDb, database};
 
 /// A migrated database, a session that writes, and one that listens on channel `rowcache`.
 struct Db {

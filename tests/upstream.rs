@@ -1,22 +1,20 @@
 //! What we rely on, and others promise or merely do: Postgres, the drivers, and `quick_cache`. A new version that changes an answer
 //! fails here, and not in production.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
 #[path = "upstream/quick_cache.rs"]
 mod quick;
 
 use std::{future::poll_fn, time::Duration};
 
-use fixture::{migrate, migrated};
 use rowcache::cli::temp_server::Stop;
 use sqlx::postgres::PgListener;
-use support::{PATIENCE, connect, database, database_on, server};
 use tokio::time::timeout;
 use tokio_postgres::{AsyncMessage, NoTls};
+
+use crate::{
+    fixture::{migrate, migrated},
+    support::{self, PATIENCE, connect, database, database_on, server},
+};
 
 pg_test! {
     // T1 (coherence): a load that starts after a message was delivered sees the change.

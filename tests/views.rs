@@ -1,21 +1,18 @@
 //! Entries that are made of several rows: each change evicts exactly the entries that it is part of.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
 };
 
-use fixture::{User, hasty, migrated, node};
 use rowcache::{BoxError, Config, Freshness, Lookup, Node, Status, Table, TableOptions};
 use sqlx::PgConnection;
-use support::{TestDb, Version, eventually};
 use tokio::sync::Semaphore;
+
+use crate::{
+    fixture::{User, hasty, migrated, node},
+    support::{TestDb, Version, eventually},
+};
 
 /// Five users, with two orders each; orders say whose they are, and the tenant.
 const SHOP: &str = "

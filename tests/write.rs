@@ -1,20 +1,17 @@
 //! Writing through the cache: rows that callers have read or changed themselves.
 
-#![cfg(feature = "verify")]
-
-#[macro_use]
-mod support;
-mod fixture;
-
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
 };
 
-use fixture::{User, Users, name, node, users, users_db};
 use rowcache::{Error, Freshness, Node, Table, TableOptions};
-use support::{TestDb, eventually};
 use tokio::sync::Semaphore;
+
+use crate::{
+    fixture::{User, Users, name, node, users, users_db},
+    support::{TestDb, eventually},
+};
 
 /// What a caller would read himself.
 async fn read(db: &TestDb, id: i64) -> Option<User> {

@@ -189,10 +189,11 @@ pub async fn database(version: Version) -> TestDb {
 /// A fresh, empty database on this server.
 pub async fn database_on(server: &TempServer, version: Version) -> TestDb {
     static NEXT: AtomicU32 = AtomicU32::new(1);
-    // The name says in the server's log and in pg_stat_activity whose it is; identifiers have at most 63 bytes.
+    // The name says in the server's log and in pg_stat_activity whose it is; identifiers have at most 63 bytes, and roles are
+    // named after it.
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("unnamed").replace(|c: char| !c.is_ascii_alphanumeric(), "_").to_lowercase();
-    let name = format!("t{}_{}", NEXT.fetch_add(1, Ordering::Relaxed), &test[..test.len().min(50)]);
+    let name = format!("t{}_{}", NEXT.fetch_add(1, Ordering::Relaxed), &test[..test.len().min(40)]);
     let admin = connect(&server.admin_url()).await;
     admin.batch_execute(&format!("create database {name} template template0")).await.expect("create database");
     TestDb { url: server.url(&name), name, version, port: server.port() }

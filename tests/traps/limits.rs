@@ -11,10 +11,12 @@ use std::{
 use rowcache::{Config, Event, Fallback, Freshness, Node, Stats, Status, Table, TableOptions, cli::temp_server::Stop};
 use sqlx::{FromRow, postgres::PgRow};
 
-use crate::{
+use super::{
     AGAIN, KILL_LISTENERS, LOST,
-    fixture::{Users, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
     slow::{setup, slow_name, spawn_get, stop_at},
+};
+use crate::{
+    fixture::{Users, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
     support::{Test, eventually},
 };
 

@@ -2,8 +2,8 @@
 
 use rowcache::{Event, Lookup, Reason, Status, cli::temp_server::Stop};
 
+use super::{AGAIN, KILL_LISTENERS, LOST, behind_proxy};
 use crate::{
-    AGAIN, KILL_LISTENERS, LOST, behind_proxy,
     fixture::{event, gap_and_recovery, name, node, users, users_db, users_server},
     support::{
         eventually,

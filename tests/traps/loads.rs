@@ -2,10 +2,13 @@
 
 use rowcache::{Lookup, Node};
 
-use crate::{
-    KILL_LISTENERS, LOST, fixture,
-    fixture::gap_and_recovery,
+use super::{
+    KILL_LISTENERS, LOST,
     slow::{Slows, setup, slow_name, spawn_get, stop_at},
+};
+use crate::{
+    fixture,
+    fixture::gap_and_recovery,
     support::{TestDb, eventually},
 };
 

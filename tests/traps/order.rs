@@ -2,9 +2,10 @@
 
 use rowcache::{Freshness, Lookup, Token};
 
+use super::sources;
 use crate::{
     fixture::{name, node, users, users_db},
-    sources, support,
+    support,
 };
 
 /// Ways to ask a wall clock, in Rust and in SQL.

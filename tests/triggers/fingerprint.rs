@@ -2,7 +2,8 @@
 
 use rowcache::cli::temp_server::Stop;
 
-use crate::{Db, support};
+use super::Db;
+use crate::support;
 
 pg_test! {
     async fn everyday_work_leaves_it_alone(test: Test) {

@@ -1,6 +1,7 @@
 //! Every way of writing to a plain table, at both trigger levels.
 
-use crate::{Db, support::database};
+use super::Db;
+use crate::support::database;
 
 const LEVELS: [&str; 2] = ["statement", "row"];
 

@@ -3,7 +3,7 @@
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use crate::Db;
+use super::{Db, sorted};
 
 const SESSIONS: &str = "create table t (token text primary key, v int)";
 
@@ -104,7 +104,7 @@ pg_test! {
                 ("insert into t values (repeat('tok', 800), 1)", &[&"tok".repeat(800)]),
             ] {
                 let told = db.told(sql).await;
-                assert_eq!(told.list(), crate::sorted(&db.hashes(tokens).await), "{level}: {sql}\nas {:#?}", told.messages);
+                assert_eq!(told.list(), sorted(&db.hashes(tokens).await), "{level}: {sql}\nas {:#?}", told.messages);
                 assert!(told.messages.iter().all(|message| !message.contains("tok")), "{level}: {:#?}", told.messages);
             }
             for sql in ["insert into t select 'tok' || i from generate_series(1, 1000) i", "update t set v = 0", "delete from t"] {

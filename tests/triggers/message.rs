@@ -1,6 +1,6 @@
 //! The form of messages: canonical text, sizes, chunks, and the options that decide what is sent.
 
-use crate::{Db, numbers};
+use super::{Db, numbers};
 
 pg_test! {
     async fn canonical_text_whatever_the_session_has_set(test: Test) {

@@ -3,7 +3,8 @@
 use rowcache::migrate::{self, Status};
 use sqlx::PgPool;
 
-use crate::{Db, support::database};
+use super::Db;
+use crate::support::database;
 
 /// Everything of ours that the catalogs hold, with its definition.
 const OBJECTS: &str = "

@@ -3,7 +3,8 @@
 use rowcache::install::{self, Level, TrackOptions};
 use std::fmt::Write as _;
 
-use crate::{Db, support::Version};
+use super::Db;
+use crate::support::Version;
 
 pg_test! {
     async fn what_cannot_be_tracked_is_refused_with_a_cure(test: Test) {

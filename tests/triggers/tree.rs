@@ -1,6 +1,7 @@
 //! Partitions, inheritance and replication: where statement triggers would miss writes.
 
-use crate::{Db, sorted, support, support::Test};
+use super::{Db, sorted};
+use crate::{support, support::Test};
 
 async fn partitioned(test: &Test, options: &str) -> Db {
     let db = Db::new(test).await;

@@ -149,10 +149,18 @@ impl Catcher {
         }
     }
 
+    /// The program that has the tests of a file, and how their names begin there. Asked of the source tree, and not compiled
+    /// in, because then each new file of tests would have all of this compiled anew.
+    fn program(file: &'static str) -> (&'static str, String) {
+        let main = fs::read_to_string("tests/main.rs").unwrap_or_default();
+        if main.contains(&format!("\nmod {file};\n")) { ("it", format!("{file}::")) } else { (file, String::new()) }
+    }
+
+    /// All tests of a program, if it is one of those with tests on real Postgres: [`Tree::run`] says which of them.
     fn running(self) -> Vec<&'static str> {
         match self {
             Self::Unit(of) | Self::Orderings(of) => vec!["test", "--all-features", "--lib", of],
-            Self::Test(file, of) => vec!["test", "--all-features", "--test", file, of],
+            Self::Test(file, _) => vec!["test", "--all-features", "--test", Self::program(file).0],
             Self::Schedules(of) => vec!["test", "--profile", "explore", "--lib", of],
             Self::Simulation(seeds) => {
                 let simulate = ["--", "simulate", "--seed", "1", "--steps", "6000", "--seeds", seeds];
@@ -229,10 +237,36 @@ impl Tree {
         Ok(())
     }
 
+    /// The tests of this file whose names contain this, with their full names: a filter would also find those of other files.
+    fn tests(&self, catcher: Catcher, file: &'static str, of: &str) -> Result<Vec<String>> {
+        let listed = self.cargo(&[&catcher.running()[..], &["--", "--list"]].concat(), catcher).output()?;
+        let beginning = Catcher::program(file).1;
+        let all = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let names = all.lines().filter_map(|line| line.strip_suffix(": test"));
+        let is_it = |name: &&str| name.strip_prefix(&*beginning).is_some_and(|name| name.contains(of));
+        let names: Vec<_> = names.filter(is_it).map(str::to_owned).collect();
+        ensure!(
+            !names.is_empty(),
+            "{} names no test:\n{all}{}",
+            catcher.name(),
+            String::from_utf8_lossy(&listed.stderr)
+        );
+        Ok(names)
+    }
+
     fn run(&self, catcher: Catcher) -> Result<Outcome> {
+        let mut arguments = catcher.running();
+        let tests = match catcher {
+            Catcher::Test(file, of) => self.tests(catcher, file, of)?,
+            Catcher::Unit(_) | Catcher::Schedules(_) | Catcher::Orderings(_) | Catcher::Simulation(_) => Vec::new(),
+        };
+        if !tests.is_empty() {
+            arguments.extend(["--", "--exact"]);
+            arguments.extend(tests.iter().map(String::as_str));
+        }
         let began = Instant::now();
         // `timeout` also ends what cargo has started.
-        let cargo = self.cargo(&catcher.running(), catcher);
+        let cargo = self.cargo(&arguments, catcher);
         let mut limited = Command::new("timeout");
         limited
             .arg(PATIENCE.as_secs().to_string())
@@ -271,6 +305,15 @@ mod tests {
             assert!(names.insert(mutant.name), "two mutants `{}`", mutant.name);
             assert!(mutant.is_current(root).expect("reads"), "mutant `{}` is out of date", mutant.name);
             assert!(mutant.text != mutant.instead && !mutant.catchers.is_empty(), "mutant `{}`", mutant.name);
+            for catcher in mutant.catchers {
+                if let Catcher::Test(file, _) = catcher {
+                    assert!(
+                        root.join(format!("tests/{file}.rs")).is_file(),
+                        "mutant `{}`: tests/{file}.rs",
+                        mutant.name
+                    );
+                }
+            }
         }
     }
 }
