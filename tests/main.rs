@@ -37,6 +37,7 @@ mod tags;
 mod temp_server;
 mod traps;
 mod triggers;
+mod types;
 mod upstream;
 mod views;
 mod write;

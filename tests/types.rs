@@ -1,19 +1,9 @@
 //! Types of columns, as keys and in values: what a trigger says of a row and what a node makes of its key is the same, whatever
 //! the type, whatever the writer's session has set.
 
-#![cfg(all(feature = "verify", feature = "chrono", feature = "rust_decimal", feature = "time"))]
-
-#[macro_use]
-mod support;
-mod fixture;
-
-#[path = "types/keys.rs"]
 mod keys;
-#[path = "types/limits.rs"]
 mod limits;
-#[path = "types/text.rs"]
 mod text;
-#[path = "types/values.rs"]
 mod values;
 
 use chrono::{DateTime, NaiveDate, NaiveDateTime, Utc};

@@ -7,12 +7,10 @@ use rowcache::{EnumLabel, Error, Key, KeyPart, KeyType, Node, TableOptions};
 use rust_decimal::Decimal;
 use uuid::Uuid;
 
+use super::{ODD, Row, Rows, TYPES, date, datetime, offset, read, utc};
 use crate::{
-    ODD, Row, Rows, TYPES, date, datetime,
     fixture::{migrated, node},
-    offset, read,
     support::{Test, TestClient},
-    utc,
 };
 
 /// Four keys of a table, as Rust and as SQL have them. The first two have rows at first.

@@ -5,11 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rowcache::{EnumLabel, Error, Key, KeyPart, KeyType};
 use rust_decimal::Decimal;
 
-use crate::{
-    Row, Rows, TYPES, date, datetime,
-    fixture::{migrated, node},
-    offset, read, utc,
-};
+use super::{Row, Rows, TYPES, date, datetime, offset, read, utc};
+use crate::fixture::{migrated, node};
 
 /// A type of the user's own, which knows of infinity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

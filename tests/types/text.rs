@@ -5,8 +5,8 @@ use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 use rowcache::{EnumLabel, Key, KeyPart};
 use rust_decimal::Decimal;
 
+use super::{ODD, TYPES, date, datetime};
 use crate::{
-    ODD, TYPES, date, datetime,
     fixture::migrated,
     support::{Test, TestClient},
 };

@@ -7,12 +7,10 @@ use serde::Deserialize;
 use sqlx::types::Json;
 use uuid::Uuid;
 
+use super::{ODD, Row, date, datetime, offset, utc};
 use crate::{
-    ODD, Row, date, datetime,
     fixture::{hasty, migrated, node},
-    offset,
     support::{TestDb, eventually},
-    utc,
 };
 
 #[derive(Clone, Debug, Deserialize, PartialEq)]
