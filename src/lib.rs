@@ -83,6 +83,7 @@
 //! | `change_log` | core: where a node is in the change log |
 //! | `digest` | core: what an entry remembers of its row |
 //! | `status`, `stats`, `error` | what users are told |
+//! | `testing` | a database in memory, for users' own tests |
 //!
 //! # Features
 //!
@@ -90,10 +91,13 @@
 //! | --- | --- |
 //! | (none) | the library |
 //! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `demo` |
+//! | `test-kit` | module `testing`: nodes without Postgres, for the tests of your service |
 //! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "test-kit")]
+pub mod testing;
 #[cfg(feature = "verify")]
 pub mod verify;
 

@@ -136,6 +136,16 @@ impl Handle {
         handle
     }
 
+    /// As [`start`](Self::start), with a task for a clock: of a node whose time is tokio's, which can stand still.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn start_in_tokio_time(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
+        let handle = Self::new(Arc::clone(&shared));
+        let clock = tokio::spawn(Arc::clone(&shared).tick_in_tokio_time());
+        let applier = tokio::spawn(shared.apply());
+        lock(&handle.tasks).extend([applier, keeper, clock]);
+        handle
+    }
+
     /// The store of a table, made if there is none yet for these types.
     pub(crate) fn open<K: 'static, V: 'static, S: Any + Send + Sync>(
         &self,
@@ -544,6 +554,15 @@ impl Shared {
             }
         };
         thread::Builder::new().name("rowcache-clock".into()).spawn(clock).expect("the system can start a thread")
+    }
+
+    /// What the clock thread does, as a task.
+    #[cfg(feature = "test-kit")]
+    async fn tick_in_tokio_time(self: Arc<Self>) {
+        let mut stopping = self.stopping();
+        while timeout(TICK, stopping.wait_for(|stopping| *stopping)).await.is_err() {
+            self.tick();
+        }
     }
 
     /// Looks at the clock: every [`TICK`].
