@@ -1,15 +1,23 @@
 //! Whatever goes wrong, no read after a barrier is stale, and none at any time is older than the bound.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
 use super::*;
 
-/// When each version of a row was replaced.
+const KEYS: u64 = 8;
+const NODES: usize = 3;
+
+/// What was there, and what has been read. Rows are the numbers of their versions.
 #[derive(Default)]
 struct History {
-    /// The version that is there now.
     now: BTreeMap<i64, u64>,
+    /// When each version was replaced.
     replaced: BTreeMap<(i64, u64), Instant>,
+    /// The last version that was read, by node and key.
+    read: BTreeMap<(usize, i64), u64>,
 }
 
 /// How much of what is worth a test has happened.
@@ -20,123 +28,153 @@ struct Counts {
     stale: usize,
     failed_loads: usize,
     gaps: u64,
+    voided: u64,
 }
+
+type Versions = Table<i64, (i64,)>;
 
 struct Run {
     rows: TestTable<i64, (i64,)>,
-    nodes: Vec<(Node, Table<i64, (i64,)>)>,
-    history: History,
-    counts: Counts,
+    nodes: Vec<(Node, Versions)>,
+    history: Mutex<History>,
+    counts: Mutex<Counts>,
     bound: Duration,
-    dice: u64,
 }
 
-const KEYS: i64 = 8;
+/// Chance.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+
+    fn key(&mut self) -> i64 {
+        self.below(KEYS).cast_signed()
+    }
+
+    async fn pause(&mut self, most: u64) {
+        sleep(ms(self.below(most))).await;
+    }
+}
 
 impl Run {
-    async fn new(db: &Database, seed: u64, config: impl Fn() -> Config) -> Self {
-        let rows = db.table::<i64, (i64,)>("public.rows");
-        let bound = config().staleness_bound();
-        let mut all = Vec::new();
-        for _ in 0..3 {
-            let node = db.node_with(config()).await.expect("starts");
-            let table = node.table("public.rows").await.expect("opens");
-            all.push((node, table));
-        }
-        let (history, counts) = Default::default();
-        let mut run = Self { rows, nodes: all, history, counts, bound, dice: seed };
-        (0..KEYS).for_each(|key| run.write(key));
-        run
+    fn history<T>(&self, with: impl FnOnce(&mut History) -> T) -> T {
+        with(&mut self.history.lock().expect("nobody panicked"))
     }
 
-    fn below(&mut self, end: u64) -> u64 {
-        self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.dice >> 33) % end
+    fn count(&self, with: impl FnOnce(&mut Counts)) {
+        with(&mut self.counts.lock().expect("nobody panicked"));
     }
 
-    fn write(&mut self, key: i64) {
-        let version = self.history.now.entry(key).or_default();
-        self.history.replaced.insert((key, *version), Instant::now());
-        *version += 1;
-        self.rows.put(key, (version.cast_signed(),));
+    fn write(&self, key: i64) {
+        self.history(|history| {
+            let version = history.now.entry(key).or_default();
+            history.replaced.insert((key, *version), Instant::now());
+            *version += 1;
+            self.rows.put(key, (version.cast_signed(),));
+        });
     }
 
     /// Reads a key on a node, and holds it against what was there.
-    async fn read(&mut self, node: usize, key: i64, at_least: Option<u64>) {
+    async fn read(&self, node: usize, key: i64, at_least: u64) {
         let began = Instant::now();
+        let before = self.history(|history| history.read.get(&(node, key)).copied().unwrap_or_default());
         let Ok(found) = self.nodes[node].1.get(&key).await else {
-            self.counts.failed_loads += 1;
-            return;
+            return self.count(|counts| counts.failed_loads += 1);
         };
         let version = found.map_or(0, |row| row.0.cast_unsigned());
-        let at_least = at_least.unwrap_or_default();
         assert!(version >= at_least, "after a barrier: version {version} of {key}, and {at_least} was there before");
-        if let Some(replaced) = self.history.replaced.get(&(key, version)) {
-            self.counts.stale += 1;
-            let age = began.saturating_duration_since(*replaced);
+        assert!(version >= before, "back in time: version {version} of {key} after {before}");
+        let replaced = self.history(|history| {
+            history.read.entry((node, key)).and_modify(|last| *last = version.max(*last)).or_insert(version);
+            history.replaced.get(&(key, version)).copied()
+        });
+        if let Some(age) = replaced.map(|replaced| began.saturating_duration_since(replaced)) {
             assert!(age <= self.bound, "{key} was read {age:?} after it was replaced");
+            self.count(|counts| counts.stale += usize::from(!age.is_zero()));
         }
     }
 
-    async fn step(&mut self, db: &Database) {
-        let node = usize::try_from(self.below(3)).expect("there are three");
-        let key = self.below(KEYS.cast_unsigned()).cast_signed();
-        match self.below(40) {
-            0..10 => self.write(key),
-            10..28 => self.read(node, key, None).await,
-            28..36 => {
-                let now = self.history.now.clone();
-                if self.nodes[node].0.barrier().await.is_ok() {
-                    self.counts.barriers += 1;
-                    for (key, version) in now {
-                        self.read(node, key, Some(version)).await;
-                    }
-                } else {
-                    self.counts.failed_barriers += 1;
-                }
-            }
-            36..38 => sleep(ms(self.below(1500))).await,
-            38 if self.below(10) == 0 => db.disconnect(),
-            _ => sleep(ms(self.below(20))).await,
+    /// Reads everything that was there before a barrier.
+    async fn barrier(&self, node: usize) {
+        let before = self.history(|history| history.now.clone());
+        if self.nodes[node].0.barrier().await.is_err() {
+            return self.count(|counts| counts.failed_barriers += 1);
+        }
+        self.count(|counts| counts.barriers += 1);
+        for (key, version) in before {
+            self.read(node, key, version).await;
         }
     }
 }
 
 async fn run(seed: u64, counts: &mut Counts) {
     let db = Database::new();
-    let config = || {
-        let mut config = testing::config();
-        config.redundant_listener = seed.is_multiple_of(3);
-        (config.beat, config.beat_timeout, config.lease) = (ms(200), ms(600), ms(900));
-        config
-    };
-    let mut run = Run::new(&db, seed, config).await;
+    let mut config = testing::config();
+    config.redundant_listener = seed.is_multiple_of(3);
+    (config.beat, config.beat_timeout, config.lease) = (ms(200), ms(600), ms(900));
+    let (rows, bound) = (db.table("public.rows"), config.staleness_bound());
+    let mut nodes = Vec::new();
+    for _ in 0..NODES {
+        let node = db.node_with(config.clone()).await.expect("starts");
+        let table = node.table("public.rows").await.expect("opens");
+        nodes.push((node, table));
+    }
+    let run = Arc::new(Run { rows, nodes, history: Mutex::default(), counts: Mutex::default(), bound });
+    (0..KEYS.cast_signed()).for_each(|key| run.write(key));
     db.chaos(
         Chaos::seeded(seed)
             .delay_messages(Duration::ZERO..=ms(30))
             .duplicate_messages(0.2)
-            .lose_messages(0.01)
+            .lose_messages(0.005)
             .lose_fences(0.01)
-            .break_lines(0.01)
+            .break_lines(0.005)
             .delay_loads(Duration::ZERO..=ms(40))
             .fail_loads(0.05),
     );
-    for _ in 0..400 {
-        run.step(&db).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    let (writer, mut dice) = (Arc::clone(&run), Dice(seed));
+    tasks.spawn(async move {
+        for _ in 0..300 {
+            writer.write(dice.key());
+            dice.pause(30).await;
+        }
+    });
+    for node in 0..NODES {
+        for reader in 0..3 {
+            let (run, mut dice) = (Arc::clone(&run), Dice(seed ^ (1000 * (10 * node + reader + 1)) as u64));
+            tasks.spawn(async move {
+                for _ in 0..150 {
+                    run.read(node, dice.key(), 0).await;
+                    dice.pause(30).await;
+                }
+            });
+        }
+        let (run, mut dice) = (Arc::clone(&run), Dice(seed ^ (7 + node) as u64));
+        tasks.spawn(async move {
+            for _ in 0..15 {
+                run.barrier(node).await;
+                dice.pause(200).await;
+            }
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.expect("what it read was right");
     }
     db.calm();
     db.disconnect(); // Some lines may be silent.
-    for (node, _) in &run.nodes {
+    for (at, (node, table)) in run.nodes.iter().enumerate() {
         node.until_coherent().await.expect("comes back");
+        let barriers = run.counts.lock().expect("nobody panicked").barriers;
+        run.barrier(at).await;
+        assert_eq!(run.counts.lock().expect("nobody panicked").barriers, barriers + 1, "nothing is in the way");
+        counts.gaps += node.stats().gaps;
+        counts.voided += table.stats().voided;
     }
-    for node in 0..run.nodes.len() {
-        run.nodes[node].0.barrier().await.expect("nothing is in the way");
-        for (key, version) in run.history.now.clone() {
-            run.read(node, key, Some(version)).await;
-        }
-        counts.gaps += run.nodes[node].0.stats().gaps;
-    }
-    let Counts { barriers, failed_barriers, stale, failed_loads, .. } = run.counts;
+    let Counts { barriers, failed_barriers, stale, failed_loads, .. } =
+        std::mem::take(&mut *run.counts.lock().expect("nobody panicked"));
     counts.barriers += barriers;
     counts.failed_barriers += failed_barriers;
     counts.stale += stale;
@@ -146,14 +184,14 @@ async fn run(seed: u64, counts: &mut Counts) {
 #[tokio::test(start_paused = true)]
 async fn no_read_after_a_barrier_is_stale() {
     let mut counts = Counts::default();
-    for seed in 1..=20 {
+    for seed in 1..=10 {
         run(seed, &mut counts).await;
     }
     println!("{counts:?}");
-    let Counts { barriers, failed_barriers, stale, failed_loads, gaps } = counts;
-    assert!(barriers > 100 && failed_barriers > 5, "{counts:?}");
-    assert!(stale > 5, "changes were missed before their messages came: {counts:?}");
-    assert!(failed_loads > 50 && gaps > 20, "{counts:?}");
+    let Counts { barriers, failed_barriers, stale, failed_loads, gaps, voided } = counts;
+    assert!(barriers > 100 && failed_barriers > 5 && failed_loads > 50 && gaps > 20, "{counts:?}");
+    // Changes were missed before their messages had come, and loads were overtaken by changes.
+    assert!(stale > 50 && voided > 50, "{counts:?}");
 }
 
 /// A run in one thread is the same each time.
