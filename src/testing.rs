@@ -90,6 +90,7 @@ mod world;
 
 use std::sync::Arc;
 
+use sqlx::postgres::PgConnectOptions;
 use tokio::sync::oneshot;
 
 pub use chaos::Chaos;
@@ -107,6 +108,7 @@ use crate::{
     postgres::server::Postgres,
     server::Server,
     shared::{Handle, Shared},
+    tls::TlsConfig,
 };
 
 /// A database in memory, in place of Postgres. Cheap to clone: clones are the same database.
@@ -115,7 +117,7 @@ pub struct Database {
     world: Arc<World>,
 }
 
-/// Settings for [`Database::node_with`]: the defaults, and addresses that nobody connects to.
+/// Settings for [`Database::node_with`]: the defaults, and an address that nobody connects to.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -126,14 +128,15 @@ pub struct Database {
 /// # Ok(())
 /// # }
 /// ```
-///
-/// # Panics
-///
-/// If an environment variable would decide how Postgres is reached, as of [`Config::from_url`].
 #[must_use]
 pub fn config() -> Config {
-    Config::from_url("postgres://nobody@test-kit.invalid/none?sslmode=disable").expect("a URL that can be used")
+    // No URL: it would be refused where the environment has settings for Postgres.
+    let mut listener = tokio_postgres::Config::new();
+    listener.host(NOWHERE);
+    Config::new(PgConnectOptions::new_without_pgpass().host(NOWHERE), listener, TlsConfig::default())
 }
+
+const NOWHERE: &str = "test-kit.invalid";
 
 /// A message of the channel, for [`Database::tell`]: of rows of a table, or of a cache by its name (`view:accounts`).
 ///
