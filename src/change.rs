@@ -71,7 +71,8 @@ pub enum Rows {
     },
 }
 
-/// A key as a message carries it: one part per key column.
+/// A key as a message carries it: one part per key column. Shown in the same way, so that a date is a number of days
+/// ([`KeyType`](crate::KeyType)).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RowKey(Parts);
 

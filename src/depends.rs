@@ -1,11 +1,12 @@
 //! Which entries of a cache depend on which rows, and so which keys a message makes it forget.
 
-use std::{borrow::Cow, collections::BTreeSet};
+use std::{borrow::Cow, collections::BTreeSet, sync::Arc};
 
 use crate::{
     change::{Change, RowKey, Rows},
     hashed::KeyHash,
     key::KeyPart,
+    tags::{self, Tag},
 };
 
 /// Which entries of a cache depend on a row of a table.
@@ -15,6 +16,8 @@ pub(crate) enum By {
     Key,
     /// Those whose key is in these columns, now or before.
     Columns(Vec<Column>),
+    /// Those that are tagged with the row.
+    Tagged,
     /// All of them.
     Any,
 }
@@ -32,6 +35,7 @@ pub(crate) enum Column {
 pub(crate) enum Touched<'a> {
     Keys(Cow<'a, [RowKey]>),
     Hashed(&'a str, &'a [KeyHash]),
+    Tags(Vec<Tag>),
     /// It cannot be told.
     All,
 }
@@ -44,8 +48,15 @@ impl By {
     /// Of a change of a table that the cache depends on in this way.
     pub(crate) fn touched<'a>(&self, change: &'a Change) -> Touched<'a> {
         match (self, &change.rows) {
-            (Self::Any, _) | (_, Rows::All) | (Self::Columns(_), Rows::Hashed { .. }) => Touched::All,
-            (Self::Key, Rows::Keys(keys)) => Touched::Keys(keys.into()),
+            (Self::Any, _) | (_, Rows::All) | (Self::Columns(_) | Self::Tagged, Rows::Hashed { .. }) => Touched::All,
+            (Self::Key, Rows::Keys(keys)) => match tags::named(change) {
+                Some(tags) if keys.is_empty() => Touched::Tags(tags),
+                _ => Touched::Keys(keys.into()),
+            },
+            (Self::Tagged, Rows::Keys(keys)) => {
+                let table: Arc<str> = change.table.as_deref().unwrap_or_default().into();
+                Touched::Tags(keys.iter().map(|key| Tag::of_row(&table, key)).collect())
+            }
             (Self::Key, Rows::Hashed { secret, hashes }) => Touched::Hashed(secret, hashes),
             (Self::Columns(columns), Rows::Keys(keys)) => {
                 made_of(columns, keys, change).map_or(Touched::All, |keys| Touched::Keys(keys.into()))
@@ -94,7 +105,7 @@ mod tests {
     fn keys(by: &By, change: &Change) -> Option<Vec<RowKey>> {
         match by.touched(change) {
             Touched::Keys(keys) => Some(keys.into_owned()),
-            Touched::Hashed(..) => panic!("it has keys"),
+            Touched::Hashed(..) | Touched::Tags(_) => panic!("it has keys"),
             Touched::All => None,
         }
     }

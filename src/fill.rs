@@ -113,6 +113,11 @@ impl<W> Flight<W> {
         }
     }
 
+    /// The result of the running load will not do for those callers: they get the next one.
+    pub(crate) fn defer(&mut self, which: impl Fn(&W) -> bool) {
+        self.next.extend(self.waiting.extract_if(.., |caller| which(caller)));
+    }
+
     #[cfg(any(all(test, shuttle), fuzzing))]
     pub(crate) fn is_running(&self) -> bool {
         matches!(self.state, State::Running { .. })

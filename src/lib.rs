@@ -38,8 +38,8 @@
 //!   survive transaction pooling. The pool may go through one that keeps track of prepared statements.
 //! * Writers pay for the triggers, and transactions that notify **commit one at a time**, in the whole cluster. Right
 //!   for tables that are read much more often than written; the README has figures.
-//! * The table needs a **key**, made of integers, text and uuids. A statement that changes very many rows drops the
-//!   whole table from memory.
+//! * The table needs a **key**, made of integers, text, uuids, booleans, bytes, enums, dates, timestamps or numerics ([`Key`] says
+//!   which Rust types hold them). A statement that changes very many rows drops the whole table from memory.
 //! * A row is cached as the pool's role sees it. Row-level security and views that depend on the time or on the session
 //!   are not for sharing.
 //! * The lease is checked by a thread of its own, every 10 ms, not by every read. A process that was stopped or
@@ -63,7 +63,9 @@
 //! | `node` | start, open tables, wait, stop |
 //! | `open` | opens caches: what they depend on, and what keeps them going |
 //! | `view` | entries that are made of several rows |
+//! | `memo` | functions whose values are kept |
 //! | `warm_up` | loads rows before anybody asks for them |
+//! | `tags` | what entries of a view depend on that only their loader knows |
 //! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
@@ -81,8 +83,9 @@
 //! | `hashed` | core: keys that messages do not show |
 //! | `change`, `key` | core: messages and keys |
 //! | `change_log` | core: where a node is in the change log |
+//! | `journal` | core: what happened to the entries of a table |
 //! | `digest` | core: what an entry remembers of its row |
-//! | `status`, `stats`, `error` | what users are told |
+//! | `status`, `stats`, `explain`, `error` | what users are told |
 //! | `testing` | a database in memory, for users' own tests |
 //!
 //! # Features
@@ -91,6 +94,9 @@
 //! | --- | --- |
 //! | (none) | the library |
 //! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `demo` |
+//! | `chrono` | keys of `date`, `timestamp` and `timestamptz` as types of crate `chrono`; values, too: it turns on sqlx's feature of that name |
+//! | `time` | the same as types of crate `time` |
+//! | `rust_decimal` | keys of `numeric` as `rust_decimal::Decimal`, and values |
 //! | `test-kit` | module `testing`: nodes without Postgres, for the tests of your service |
 //! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
@@ -110,6 +116,7 @@ mod config;
 mod depends;
 mod digest;
 mod error;
+mod explain;
 mod fill;
 mod freshness;
 #[cfg(fuzzing)]
@@ -120,12 +127,14 @@ mod hashed;
 mod horizon;
 mod host;
 mod inbox;
+mod journal;
 mod keeper;
 mod key;
 mod lines;
 mod load;
 #[cfg(all(test, loom_core))]
 mod loom_tests;
+mod memo;
 mod node;
 mod open;
 mod options;
@@ -144,6 +153,7 @@ mod store;
 mod sync;
 mod table;
 mod tables;
+mod tags;
 mod throttle;
 mod tls;
 mod token;
@@ -156,9 +166,12 @@ pub use change::{Change, RowKey, Rows};
 pub use coherence::Reason;
 pub use config::Config;
 pub use error::{Error, Result};
+pub use explain::{Explanation, Held};
 pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
-pub use key::{Key, KeyPart, KeyType};
+pub use journal::{Cause, TableEvent, TableEvents};
+pub use key::{EnumLabel, Key, KeyPart, KeyType};
+pub use memo::Memo;
 pub use node::Node;
 pub use options::{OnChange, TableOptions};
 pub use postgres::{
@@ -169,6 +182,7 @@ pub use stats::{Audits, LoadTimes, NodeStats, Stats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
+pub use tags::{Tag, Tagged};
 pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;

@@ -21,10 +21,12 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
     source: Arc<dyn Source<K, V>>,
     shared: Arc<Shared>,
 ) {
+    let is_local = source.is_local();
     loop {
         // Never closed, so never an error; the permit is held until the rows are published.
         // Who would be refused does not wait for one; should he not be after all, that is one load in a second.
-        let _turn = if runner.is_refused(shared.host.now()) { None } else { shared.loads.acquire().await.ok() };
+        let _turn =
+            if is_local || runner.is_refused(shared.host.now()) { None } else { shared.loads.acquire().await.ok() };
         if runner.refuse(shared.host.now()) {
             if runner.has_retired() {
                 return;
@@ -40,7 +42,7 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
         match loaded {
             Ok(loaded) => {
                 let stamp = loaded.stamp;
-                let whose = shared.whose(stamp.incarnation, began);
+                let whose = if is_local { Whose::Ours } else { shared.whose(stamp.incarnation, began) };
                 if whose == Whose::Foreign {
                     runner.fail(&Shared::foreign());
                 } else {

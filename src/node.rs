@@ -195,7 +195,7 @@ impl Node {
                 let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
                 let source: MakeSource<K, V> =
                     Box::new(move |keeps| Arc::new(Rows::<K, V>::new(opener.access(&options), &tracked, &[], keeps)));
-                Ok(Found { name, on: vec![on], hashed, source })
+                Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
             })
         })
         .await
@@ -299,7 +299,7 @@ impl Node {
                 let name = named(&tracked.name, &tracked.key_columns);
                 let source: MakeSource<K, V> =
                     Box::new(move |keeps| source(opener.access(&options), &tracked, &order, keeps));
-                Ok(Found { name, on: vec![on], hashed: None, source })
+                Ok(Found { name, on: vec![on], hashed: None, is_tagged: false, source })
             })
         })
         .await

@@ -54,6 +54,8 @@ pub(crate) struct Found<K, V> {
     pub(crate) name: String,
     pub(crate) on: Vec<On>,
     pub(crate) hashed: Option<Hashed<K>>,
+    /// Its loader says what entries depend on beside their keys.
+    pub(crate) is_tagged: bool,
     pub(crate) source: MakeSource<K, V>,
 }
 
@@ -109,7 +111,7 @@ impl Opener {
         cache: &Cache<K, V>,
         found: Found<K, V>,
     ) -> Result<Arc<dyn Source<K, V>>> {
-        let Found { name, on, hashed, source } = found;
+        let Found { name, on, hashed, is_tagged, source } = found;
         let Self { shared, .. } = self;
         let heard = |on: On| {
             let trust = keeper::heard(&shared.config, &on.table, on.trust);
@@ -132,6 +134,9 @@ impl Opener {
             return Ok(source);
         };
         store.hash_with(hashed);
+        if is_tagged {
+            store.tag();
+        }
         shared.tables.add_on(&name, on, &member);
         drop(unattached);
         // It may be the first one for which the log is polled between fences.
@@ -149,17 +154,20 @@ pub(crate) struct Cache<K: Key, V: Send + Sync + 'static> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
-    fn new(options: &TableOptions, shared: &Shared) -> Result<Self> {
+    fn new(options: &TableOptions, shared: &Shared, limits: Limits) -> Result<Self> {
         let config = &shared.config;
-        let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
         let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
         let store = Store::<K, V>::new(options.bounds(), limits, None);
         let store = store.audited(options.audit > 0).weighed(options.weigh()?).not_found_max(options.not_found_max);
         let store = store.expiring(options.expiry()?).reloading(reload).breaking(options.breaker);
+        let store = store.journaling(options.history, config.events_max);
         let tasks = Tasks { due, refill: options.refill, audit: options.audit };
         Ok(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
     }
 }
+
+/// Each call is by itself.
+const CALLS: Limits = Limits { runners_max: 64, batch_max: 1 };
 
 /// What keeps a cache going.
 struct Tasks<K> {
@@ -225,8 +233,28 @@ impl Node {
     }
 
     fn cache<K: Key, V: Send + Sync + 'static>(&self, name: &str, options: &TableOptions) -> Result<Arc<Cache<K, V>>> {
-        let cache = Cache::new(options, &self.handle.shared)?;
+        let config = &self.handle.shared.config;
+        let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
+        let cache = Cache::new(options, &self.handle.shared, limits)?;
         Ok(self.handle.open::<K, V, _>(name, || Arc::new(cache)))
+    }
+
+    /// A cache that depends on no table, made if there is none yet of its name, for these types.
+    pub(crate) fn open_local<K: Key, V: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        options: &TableOptions,
+        source: Arc<dyn Source<K, V>>,
+    ) -> Result<Table<K, V>> {
+        options.check()?;
+        let cache = Cache::new(options, &self.handle.shared, CALLS)?;
+        let cache = self.handle.open::<K, V, _>(name, || Arc::new(cache));
+        let make: MakeSource<K, V> = Box::new(|_| source);
+        let source = self.opener().attach(
+            &cache,
+            Found { name: name.into(), on: Vec::new(), hashed: None, is_tagged: false, source: make },
+        )?;
+        Ok(self.handle_of(&cache, source, name, options))
     }
 
     fn handle_of<K: Key, V: Send + Sync + 'static>(

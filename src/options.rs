@@ -141,6 +141,9 @@ pub struct TableOptions {
     /// key, in one statement per [`beat`](crate::Config::beat) and [`load_keys_max`](crate::Config::load_keys_max) keys, and
     /// a load a hash of the row. Default 0: none.
     pub audit: u32,
+    /// Events that are kept for [`Table::explain`](crate::Table::explain): the latest of what took entries away, a few hundred bytes each
+    /// at most. Default 256.
+    pub history: usize,
 }
 
 /// What becomes of a row that has changed, beside that it is forgotten at once.
@@ -177,6 +180,7 @@ impl Default for TableOptions {
             fallback: Fallback::default(),
             refill: 0,
             audit: 0,
+            history: 256,
         }
     }
 }
@@ -304,6 +308,13 @@ impl TableOptions {
     #[must_use]
     pub fn refill(mut self, rows: usize) -> Self {
         self.refill = rows;
+        self
+    }
+
+    /// With so many events kept for [`Table::explain`](crate::Table::explain).
+    #[must_use]
+    pub fn history(mut self, events: usize) -> Self {
+        self.history = events;
         self
     }
 

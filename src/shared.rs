@@ -575,8 +575,7 @@ impl Shared {
     fn stop(&self) {
         if !self.stopping.send_replace(true) {
             self.gap(Reason::ShutDown);
-            // Not even old rows.
-            self.tables.clear(None);
+            self.tables.shut();
             self.wake.notify_one();
         }
     }

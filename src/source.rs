@@ -8,6 +8,7 @@ use crate::{
     coherence::Incarnation,
     digest::Digest,
     error::{Error, Kind, Result},
+    tags::Tag,
 };
 
 /// Reads rows by key.
@@ -23,6 +24,11 @@ pub(crate) trait Source<K, V>: Send + Sync {
     /// What the rows of these keys are now, by one statement of its own, with no code of the user's. A key may be there
     /// more than once.
     fn digests<'a>(&'a self, keys: &'a [K]) -> Digesting<'a>;
+
+    /// What it loads comes from no database: it takes no turn among the node's statements, and there is no server to tell apart.
+    fn is_local(&self) -> bool {
+        false
+    }
 
     /// The keys that a query of the user's returns, at most so many.
     fn keys<'a>(&'a self, _query: &'a str, _max: usize, _limit: Duration) -> Listing<'a, K> {
@@ -86,16 +92,18 @@ impl<V> Loaded<V> {
 }
 
 /// What is kept of a row as it was received.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Received {
     /// If the table is audited.
     pub(crate) digest: Digest,
     /// Its length, if rows are weighed by that. What is more than 4 GB is as much.
     pub(crate) bytes: u32,
+    /// What it depends on beside its key, if the loader says so.
+    pub(crate) tags: Vec<Tag>,
 }
 
 impl Received {
-    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0 };
+    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0, tags: Vec::new() };
 }
 
 /// An audit's reading under way.

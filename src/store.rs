@@ -10,7 +10,7 @@
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
 //! **Lock order**: a key's stripe, then `quick_cache`'s shard, then the pins (`held.rs`); or, after the stripe, the index of hashes
-//! (`hashed.rs`), or the tickets (`ticket.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
+//! (`hashed.rs`), the tickets (`ticket.rs`), or the index of tags (`tags.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
 //! `Clone`. Values are dropped after the locks are released.
 //!
 //! The race that a cache must not lose (X1), and the line that closes it:
@@ -27,6 +27,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::BuildHasher,
+    sync::OnceLock,
 };
 
 use crossbeam_utils::CachePadded;
@@ -34,18 +35,19 @@ use quick_cache::DefaultHashBuilder;
 use tokio::sync::oneshot;
 
 use crate::{
-    change::RowKey,
+    change::{Change, RowKey},
     coherence::Incarnation,
     digest::Tenths,
     error::Result,
-    fill::{Flight, Join, Verdict},
+    fill::{Flight, Join},
     gate::{Before, Gate, Word},
     hashed::{Hashed, KeyHash},
+    journal::{Cause, Journal, TableEvent},
     key::{Key, KeyPart},
-    source::Received,
     stats::{Counters, Stats},
     sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
     tables::Member,
+    tags::Tag,
 };
 
 /// What a caller who waits for a load receives.
@@ -64,7 +66,12 @@ impl<V> Clone for Answer<V> {
     }
 }
 
-type Waiter<V> = oneshot::Sender<Outcome<V>>;
+/// A caller who waits for a load.
+struct Waiter<V> {
+    caller: oneshot::Sender<Outcome<V>>,
+    /// The number of the last change of a tag when he asked.
+    asked: u64,
+}
 
 /// The answer to [`Store::ask`].
 pub(crate) enum Asked<V> {
@@ -82,7 +89,7 @@ pub(crate) struct Store<K, V> {
     stripes: Box<[Stripe<K, V>]>,
     hasher: DefaultHashBuilder,
     /// Where messages have hashes in place of keys.
-    hashed: std::sync::OnceLock<Hashed<K>>,
+    hashed: OnceLock<Hashed<K>>,
     /// Protects the keys that wait for a runner, and the number of runners.
     queue: Mutex<Queue<K>>,
     limits: Limits,
@@ -98,8 +105,12 @@ pub(crate) struct Store<K, V> {
     breaker: Breaker,
     /// Which rows that somebody reads by himself may be put in.
     tickets: Tickets<K>,
+    /// What entries depend on beside their keys, if loaders say so.
+    tags: OnceLock<Tags<K>>,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
+    /// What happened, for who wants to know.
+    pub(crate) journal: Arc<Journal<K>>,
     /// When somebody should look for what has expired.
     next_look: std::sync::atomic::AtomicU32,
 }
@@ -148,8 +159,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             unknown: Unknown::default(),
             breaker: Breaker::default(),
             tickets: Tickets::default(),
+            tags: OnceLock::new(),
             expiry: Expiry::default(),
             reload: None,
+            journal: Arc::new(Journal::new(0, 0)),
             next_look: std::sync::atomic::AtomicU32::new(0),
             is_audited: false,
             weigh: Weigh::One,
@@ -169,9 +182,24 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
     }
 
+    /// Loaders say what entries depend on beside their keys. To be called before anything is asked for.
+    pub(crate) fn tag(&self) {
+        self.tags.get_or_init(Tags::new);
+    }
+
+    fn tags(&self) -> Option<&Tags<K>> {
+        self.tags.get()
+    }
+
     /// The store of a table of which no more is asked after so many loads in a row that did not reach Postgres.
     pub(crate) fn breaking(mut self, after: Option<std::num::NonZeroU32>) -> Self {
         self.breaker.after = after;
+        self
+    }
+
+    /// The store of a table of which so many events are kept for who asks, and so many for who looks on.
+    pub(crate) fn journaling(mut self, kept: usize, ahead: usize) -> Self {
+        self.journal = Arc::new(Journal::new(kept, ahead));
         self
     }
 
@@ -233,6 +261,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             self.counters.hit();
         } else if self.gate.is_stale(entry.word) {
             self.counters.stale();
+            self.tell(|| TableEvent::HitStale { key: key.clone() });
         } else {
             return None;
         }
@@ -252,6 +281,24 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// As [`lookup`](Self::lookup), but leaves no trace: neither a count nor a reason to keep the entry.
     pub(crate) fn peek(&self, key: &K) -> Option<Arc<Entry<V>>> {
         self.entries.peek(key).filter(|entry| entry.word == self.gate.word() && !self.has_expired(entry))
+    }
+
+    /// What is held of `key`, and whether it would be served. No trace.
+    pub(crate) fn look(&self, key: &K) -> Option<(Arc<Entry<V>>, bool)> {
+        let entry = self.entries.peek(key)?;
+        let is_served = entry.word == self.gate.word() && entry.word.is_coherent() && !self.has_expired(&entry);
+        // What neither is nor may be served is only waiting for its memory to be reclaimed.
+        (is_served || self.gate.is_stale(entry.word) || !self.is_gone(&entry) && entry.word == self.gate.word())
+            .then_some((entry, is_served))
+    }
+
+    /// Whether somebody waits for a load of `key`.
+    pub(crate) fn is_loading(&self, key: &K) -> bool {
+        self.flights(key).contains_key(key)
+    }
+
+    pub(crate) fn is_pinned(&self, key: &K) -> bool {
+        self.entries.is_pinned(key)
     }
 
     /// Asks for the entry of a key that was missed. A key that now needs a load is added to `wanted`, which
@@ -285,7 +332,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let _expired;
         let mut flights = self.flights(key);
         let joined = if let Some(flight) = flights.get_mut(key) {
-            flight.ask(caller, self.gate.word(), join)
+            flight.ask(self.waiter(caller), self.gate.word(), join)
         } else {
             // A load may have published between the caller's miss and this lock. Without this second look, two
             // loads of one key could follow one invalidation.
@@ -297,12 +344,16 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
                 // Before the flight: a load that starts without would be overtaken unseen.
                 hashed.note(hash, key);
             }
-            flights.insert(key.clone(), Flight::new(caller));
+            flights.insert(key.clone(), Flight::new(self.waiter(caller)));
             wanted.push(key.clone());
             false
         };
         drop(flights);
         (Asked::Wait(answer), Some(joined))
+    }
+
+    fn waiter(&self, caller: oneshot::Sender<Outcome<V>>) -> Waiter<V> {
+        Waiter { caller, asked: self.tags().map_or(0, Tags::now) }
     }
 
     /// The keys of the entries that a gap has put out of service, those used most first, up to this many.
@@ -347,14 +398,22 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         (0..more).map(|_| Runner::new(Arc::clone(self))).collect()
     }
 
-    /// A row was changed: nothing read before this call may be served after it.
+    /// What this node found out of a row is not what is held: as [`forget`](Self::forget).
     pub(crate) fn invalidate(&self, key: &K) {
+        self.forget(key, None);
+    }
+
+    /// A row was changed: nothing read before this call may be served after it.
+    fn forget(&self, key: &K, by: Option<&Change>) {
         let mut flights = self.flights(key);
         if let Some(flight) = flights.get_mut(key) {
             flight.void();
         }
         self.take_ticket_away(key);
         let removed = self.entries.remove(key);
+        if removed.entry().is_some() {
+            self.note(|| TableEvent::Invalidated { key: key.clone(), by: Cause::of(by) });
+        }
         drop(flights);
         self.note_change(key, &removed);
         drop(removed);
@@ -379,66 +438,6 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let stripe = self.hasher.hash_one(key) as usize % STRIPES;
         lock(&self.stripes[stripe])
     }
-
-    fn start(&self, key: &K) {
-        let mut flights = self.flights(key);
-        let flight = flights.get_mut(key).expect("a queued key has a flight");
-        flight.start(self.gate.word());
-    }
-
-    /// Ends the running load of `key`: publishes its result if that is still allowed, and answers all who
-    /// waited for it. Returns whether the key must be loaded again.
-    fn finish(&self, key: &K, (result, received): (Result<Option<V>>, Received), origin: Origin) -> bool {
-        let counters = &self.counters;
-        if matches!(result, Ok(None)) {
-            self.found_nothing(1, origin.ended);
-        }
-        // The user's code may be asked, so under no lock.
-        let made = result.map(|value| {
-            let weight = self.weight(key, value.as_ref(), received);
-            (weight, self.life(key, value.as_ref(), origin.at), value)
-        });
-        let mut flights = self.flights(key);
-        let flight = flights.get_mut(key).expect("a running load has a flight");
-        self.take_ticket_away(key);
-        let word = self.gate.word();
-        let mut removed = Removed::default();
-        let outcome = made.map(|(weight, life, value)| {
-            let entry = Entry {
-                digest: received.digest,
-                at: origin.at,
-                weight,
-                life,
-                ..Entry::new(word, origin.stamp.lsn, value)
-            };
-            let entry = Arc::new(entry);
-            let verdict = flight.verdict(word);
-            if verdict == Verdict::Publish && origin.ours {
-                removed = self.entries.insert(key, &entry);
-                counters.published.add(1);
-            } else {
-                if verdict == Verdict::Voided { &counters.voided } else { &counters.uncached }.add(1);
-                // What a gap put out of service is older than what is returned here, and must not be served after it.
-                removed = self.entries.remove(key);
-            }
-            Answer { entry, read: origin.stamp.incarnation }
-        });
-        match &outcome {
-            Ok(Answer { entry, .. }) => self.count_space(key, &removed, entry),
-            Err(_) => counters.failed.add(1),
-        }
-        let landing = flight.finish();
-        if !landing.again {
-            flights.remove(key);
-        }
-        drop(flights);
-        for caller in landing.waiting {
-            // A caller who was cancelled no longer listens, which harms nobody.
-            let _ = caller.send(outcome.clone());
-        }
-        drop(removed);
-        landing.again
-    }
 }
 
 /// For who looks on from outside.
@@ -461,18 +460,35 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
-    fn invalidate(&self, keys: &[RowKey]) -> bool {
+    fn invalidate(&self, keys: &[RowKey], by: &Change) -> bool {
         for key in keys {
             match K::from_parts(key.parts()) {
-                Some(key) => Store::invalidate(self, &key),
+                Some(key) => self.forget(&key, Some(by)),
                 None => return false,
             }
         }
         true
     }
 
-    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash]) -> bool {
-        self.invalidate_by_hash(secret, hashes)
+    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash], by: &Change) -> bool {
+        self.forget_hashed(secret, hashes, by)
+    }
+
+    fn invalidate_tags(&self, tags: &[Tag], by: &Change) {
+        self.forget_tagged(tags, by);
+    }
+
+    fn shown(&self) -> Word {
+        self.gate.word()
+    }
+
+    fn note_turn(&self, from: Word, by: Option<&Change>) {
+        match (from.is_coherent(), self.gate.word().is_coherent()) {
+            (true, true) => self.note(|| TableEvent::Cleared { by: Cause::of(by) }),
+            (true, false) => self.note(|| TableEvent::Gap),
+            (false, true) => self.note(|| TableEvent::Coherent),
+            (false, false) => {}
+        }
     }
 
     fn show(&self, word: Word, before: Before) {
@@ -521,31 +537,14 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
-    /// Counts what had to go when this entry of `key` came.
-    fn count_space(&self, key: &K, removed: &Removed<K, V>, came: &Arc<Entry<V>>) {
-        let (evicted, oversized) = removed.for_space(key, came);
-        self.counters.evicted.add(evicted);
-        self.counters.oversized.add(u64::from(oversized));
+    /// Writes down what took something away.
+    fn note(&self, event: impl FnOnce() -> TableEvent<K>) {
+        self.journal.note(self.gate.now(), event);
     }
 
-    /// The life of an entry of this key.
-    fn life(&self, key: &K, value: Option<&V>, from: Tenths) -> Life {
-        // Any number will do that others do not have.
-        #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
-        let draw = f64::from(self.hasher.hash_one((key, from.get())) as u32) / f64::from(u32::MAX);
-        self.expiry.life(self.reload.as_ref(), value, from, draw)
-    }
-
-    /// What an entry weighs, in the unit of the bound that it counts against.
-    fn weight(&self, key: &K, value: Option<&V>, received: Received) -> u32 {
-        let heap = match (value, &self.weigh) {
-            (None, _) => 0,
-            (Some(_), Weigh::One) => return 1,
-            (Some(_), Weigh::Received) => received.bytes as usize,
-            (Some(value), Weigh::With(heap)) => heap(value),
-        };
-        let bytes = heap.saturating_add(held::heap_of(key) + held::overhead::<K, V>());
-        u32::try_from(bytes).unwrap_or(u32::MAX)
+    /// Writes down what matters to who looks on.
+    fn tell(&self, event: impl FnOnce() -> TableEvent<K>) {
+        self.journal.tell(self.gate.now(), event);
     }
 
     fn remove_dead(&self) {
@@ -559,6 +558,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             let removed = self.entries.remove_if(&key, is_dead);
             if removed.is_some_and(|entry| entry.word == self.gate.word()) {
                 self.counters.expired.add(1);
+                self.note(|| TableEvent::Expired { key });
             }
         }
         self.sweep();
@@ -579,11 +579,13 @@ mod breaker;
 mod entry;
 mod expiry;
 mod held;
+mod publish;
 mod reload;
 mod rescue;
 mod runner;
 mod sample;
 mod sweep;
+mod tags;
 mod ticket;
 mod unknown;
 #[cfg(any(all(test, shuttle), fuzzing))]
@@ -601,6 +603,7 @@ pub(crate) use rescue::Rescue;
 pub(crate) use runner::{Origin, Runner};
 use sample::Sample;
 pub(crate) use sample::Served;
+use tags::Tags;
 pub(crate) use ticket::Drawn;
 use ticket::Tickets;
 use unknown::Unknown;

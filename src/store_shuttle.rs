@@ -25,10 +25,12 @@ use super::*;
 use crate::{
     change::{Change, Rows},
     coherence::Boot,
+    depends::By,
     error::{Error, Kind},
     hashed::Secret,
-    source::Stamp,
-    tables::{Tables, Trust},
+    source::{Received, Stamp},
+    tables::{On, Tables, Trust},
+    tags::Tag,
 };
 
 const KEYS: usize = 2;
@@ -71,6 +73,8 @@ struct Plan {
     ages: bool,
     /// Rows that were read without the store are put in.
     puts: bool,
+    /// Messages say nothing of the keys of entries: those are tagged with the rows that they are made of.
+    tagged: bool,
     /// Loads fail, runners die and callers are cancelled, now and then.
     accidents: bool,
 }
@@ -100,7 +104,12 @@ impl World {
             tasks: Mutex::new(Vec::new()),
         };
         world.tables.set_coherent(true);
-        world.tables.add("t", Trust::default(), &(store as Arc<dyn Member>));
+        let by = if plan.tagged { By::Tagged } else { By::Key };
+        if plan.tagged {
+            store.tag();
+        }
+        let on = On { table: "t".into(), trust: Trust::default(), by };
+        world.tables.add_on("cache", vec![on], &(store as Arc<dyn Member>));
         Arc::new(world)
     }
 
@@ -159,7 +168,11 @@ impl World {
                 _ => {
                     let rows = *lock(&self.database);
                     thread::yield_now();
-                    runner.finish(keys.iter().map(|key| Ok(Some(rows[usize::try_from(*key).unwrap()]))), OURS);
+                    let made = |key: &i64| {
+                        let tags = if self.store.tags().is_some() { vec![Tag::row("t", key)] } else { Vec::new() };
+                        (Ok(Some(rows[usize::try_from(*key).unwrap()])), Received { tags, ..Received::default() })
+                    };
+                    runner.finish_received(keys.iter().map(made), OURS);
                 }
             }
         }
@@ -275,11 +288,15 @@ fn scenario(plan: Plan) {
             }
         }));
     }
-    if plan.hashed {
+    if plan.hashed || plan.tagged {
         let world = Arc::clone(&world);
         threads.push(thread::spawn(move || {
             for _ in 0..2 {
-                world.store.sweep();
+                if plan.hashed {
+                    world.store.sweep()
+                } else {
+                    world.store.sweep_tags()
+                };
                 thread::yield_now();
             }
         }));
@@ -292,11 +309,13 @@ fn scenario(plan: Plan) {
     for (key, version) in database.iter().enumerate() {
         if let Some(entry) = world.store.peek(&i64::try_from(key).unwrap()) {
             assert_eq!(entry.value, Some(*version), "key {key} is stale for ever");
+            assert_eq!(world.store.tags_of(&i64::try_from(key).unwrap()).is_empty(), !plan.tagged);
         }
         world.get(key, Mood::Coherent, false);
     }
     world.assert_at_rest();
-    if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.ages && !plan.accidents {
+    // A tag does not say when it changed last but one, so that loads are repeated that need not be.
+    if plan.capacity >= KEYS && !plan.clears && !plan.gaps && !plan.ages && !plan.accidents && !plan.tagged {
         // Each key: one load for the first reader, and one after each of its changes.
         let loads = world.store.counters.snapshot().loads;
         assert!(loads <= 2 + 3, "{loads} loads of two keys that changed three times");
@@ -328,6 +347,7 @@ const CALM: Plan = Plan {
     hashed: false,
     ages: false,
     puts: false,
+    tagged: false,
     accidents: false,
 };
 
@@ -369,6 +389,21 @@ fn shuttle_reads_against_hashes_and_evictions() {
 #[test]
 fn shuttle_reads_against_hashes_and_accidents() {
     check(Plan { hashed: true, gaps: true, accidents: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_tags() {
+    check(Plan { tagged: true, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_tags_and_gaps_and_evictions() {
+    check(Plan { tagged: true, gaps: true, capacity: 1, ..CALM });
+}
+
+#[test]
+fn shuttle_reads_against_tags_and_age_and_accidents() {
+    check(Plan { tagged: true, ages: true, accidents: true, ..CALM });
 }
 
 /// The race that is told in `store/sweep.rs`: a key that was forgotten is about to leave the index, and is asked for.

@@ -340,7 +340,7 @@ fn runners_come_and_go() {
 fn a_message_forgets_the_keys_that_it_names_and_a_key_of_another_type_is_not_understood() {
     let fixture = fixture();
     fixture.hold(&[(1, Some("ada")), (2, Some("bob"))]);
-    let tell = |part| Member::invalidate(&*fixture.store, &[RowKey::new(&[part])]);
+    let tell = |part| Member::invalidate(&*fixture.store, &[RowKey::new(&[part])], &Change::requested("t", Rows::All));
     assert!(tell(KeyPart::Int(1)) && tell(KeyPart::Int(7)));
     assert_eq!((fixture.held(1), fixture.held(2)), (None, Some(Some("bob"))));
     assert!(!tell(KeyPart::Text("2".into())));
@@ -439,8 +439,9 @@ fn a_storm_of_clears_is_reclaimed_by_one() {
 fn a_hash_reaches_the_load_and_the_entry_of_its_key_and_no_other() {
     let fixture = hashed_fixture(100);
     let hashed = fixture.store.hashed().expect("hashes");
+    let any = Change::requested("t", Rows::All);
     let forget = |key: i64| match hashed.rows(&key) {
-        Rows::Hashed { secret, hashes } => fixture.store.invalidate_hashed(&secret, &hashes),
+        Rows::Hashed { secret, hashes } => fixture.store.invalidate_hashed(&secret, &hashes, &any),
         other => panic!("{other:?}"),
     };
     let (mut before, mut runners) = fixture.ask(&[1, 2]);
@@ -452,7 +453,7 @@ fn a_hash_reaches_the_load_and_the_entry_of_its_key_and_no_other() {
     assert_eq!((fixture.held(1), fixture.held(2)), (None, Some(Some("bob"))));
     assert!(forget(2));
     assert_eq!(fixture.held(2), None);
-    assert!(!fixture.store.invalidate_hashed("another", &[hashed.hash(&1)]), "made by another secret");
+    assert!(!fixture.store.invalidate_hashed("another", &[hashed.hash(&1)], &any), "made by another secret");
 }
 
 #[test]

@@ -10,18 +10,28 @@ use crate::{
     gate::{Before, Word, Words},
     hashed::KeyHash,
     sync::{Arc, Mutex, lock},
+    tags::Tag,
 };
 
 /// One cache, of the rows of a table or of a view, whatever its key and value types.
 pub(crate) trait Member: Send + Sync {
-    /// Forgets these rows. `false` when a key is not of the cache's key type: then all must be forgotten.
-    fn invalidate(&self, keys: &[RowKey]) -> bool;
+    /// Forgets these rows, which have changed. `false` when a key is not of the cache's key type: then all must be forgotten.
+    fn invalidate(&self, keys: &[RowKey], by: &Change) -> bool;
 
     /// Forgets the rows whose keys have these hashes. `false` when they are not under the secret that the cache has.
-    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash]) -> bool;
+    fn invalidate_hashed(&self, secret: &str, hashes: &[KeyHash], by: &Change) -> bool;
+
+    /// Forgets the entries that have these tags.
+    fn invalidate_tags(&self, tags: &[Tag], by: &Change);
 
     /// Moves the gate: forgets everything, at once.
     fn show(&self, word: Word, before: Before);
+
+    /// Writes down that the gate was moved, and why. `None`: not by a message.
+    fn note_turn(&self, _from: Word, _by: Option<&Change>) {}
+
+    /// What the gate shows.
+    fn shown(&self) -> Word;
 
     /// Puts what a gap has put out of service back into it. `false`: there is nothing of that kind.
     fn resume(&self) -> bool;
@@ -74,6 +84,8 @@ struct Inner {
     coherent: bool,
     /// Since when it does not all the same, because somebody has switched that off.
     off: Option<Boot>,
+    /// It has been shut down.
+    shut: bool,
     /// What time the caches were told.
     ticked: Tenths,
     /// In an order that is the same in each run.
@@ -96,7 +108,25 @@ struct Cache {
     member: Arc<dyn Member>,
 }
 
+/// Which caches serve.
+#[derive(Clone, Copy)]
+struct Serves {
+    tables: bool,
+    local: bool,
+}
+
+impl Serves {
+    fn of(self, cache: &Cache) -> bool {
+        if cache.is_local() { self.local } else { self.tables }
+    }
+}
+
 impl Cache {
+    /// It depends on no table: only the service itself knows when what it holds is wrong.
+    fn is_local(&self) -> bool {
+        self.on.is_empty()
+    }
+
     /// How it depends on a table, each time that it does; or on what is said of itself.
     fn depends<'a>(&'a self, table: &'a str) -> impl Iterator<Item = &'a By> {
         let own = (self.name == table && self.on.iter().all(|(on, _)| on != table)).then_some(&By::Key);
@@ -120,25 +150,30 @@ impl Cache {
 }
 
 impl Inner {
-    fn serves(&self) -> bool {
-        self.coherent && self.off.is_none()
+    /// Whether caches that depend on tables serve, those that depend on none, or both.
+    fn serves(&self) -> Serves {
+        let on = self.off.is_none() && !self.shut;
+        Serves { tables: self.coherent && on, local: on }
     }
 
-    fn clear(&mut self, table: Option<&str>) -> Vec<Arc<dyn Member>> {
-        self.turn(table, Before::Forgotten)
+    /// Forgets what depends on a table, or on any.
+    fn clear(&mut self, table: Option<&str>, by: Option<&Change>) -> Vec<Arc<dyn Member>> {
+        let is_told = |cache: &Cache| match table {
+            Some(table) => cache.depends(table).next().is_some(),
+            None => !cache.is_local(),
+        };
+        self.turn(is_told, Before::Forgotten, by)
     }
 
-    fn turn(&mut self, table: Option<&str>, before: Before) -> Vec<Arc<dyn Member>> {
-        self.turn_those(|cache| table.is_none_or(|table| cache.depends(table).next().is_some()), before)
-    }
-
-    fn turn_those(&mut self, which: impl Fn(&Cache) -> bool, before: Before) -> Vec<Arc<dyn Member>> {
+    fn turn(&mut self, which: impl Fn(&Cache) -> bool, before: Before, by: Option<&Change>) -> Vec<Arc<dyn Member>> {
         let mut turned = Vec::new();
         let serves = self.serves();
         let Self { words, by_name, caches, .. } = self;
         for cache in caches.iter().filter(|cache| which(cache)) {
-            let word = words.fresh(serves && cache.is_trusted(by_name));
+            let word = words.fresh(serves.of(cache) && cache.is_trusted(by_name));
+            let from = cache.member.shown();
             cache.member.show(word, before);
+            cache.member.note_turn(from, by);
             turned.push(Arc::clone(&cache.member));
         }
         turned
@@ -174,7 +209,7 @@ impl Tables {
             depends.push((table, by));
         }
         let cache = Cache { name: name.to_owned(), on: depends, member: Arc::clone(member) };
-        let coherent = inner.serves() && cache.is_trusted(&inner.by_name);
+        let coherent = inner.serves().of(&cache) && cache.is_trusted(&inner.by_name);
         let word = inner.words.fresh(coherent);
         member.show(word, Before::Forgotten);
         inner.caches.push(cache);
@@ -191,7 +226,7 @@ impl Tables {
     /// the caches that were cleared, whose memory can be reclaimed.
     pub(crate) fn apply(&self, change: &Change) -> Vec<Arc<dyn Member>> {
         let (Some(name), false) = (&change.table, change.rows == Rows::All) else {
-            return lock(&self.0).clear(change.table.as_deref());
+            return lock(&self.0).clear(change.table.as_deref(), Some(change));
         };
         let told: Vec<(Arc<dyn Member>, By)> = {
             let inner = lock(&self.0);
@@ -204,8 +239,12 @@ impl Tables {
         let mut lost: Vec<Arc<dyn Member>> = Vec::new();
         for (member, by) in told {
             let understood = match by.touched(change) {
-                Touched::Keys(keys) => member.invalidate(&keys),
-                Touched::Hashed(secret, hashes) => member.invalidate_hashed(secret, hashes),
+                Touched::Keys(keys) => member.invalidate(&keys, change),
+                Touched::Hashed(secret, hashes) => member.invalidate_hashed(secret, hashes, change),
+                Touched::Tags(tags) => {
+                    member.invalidate_tags(&tags, change);
+                    true
+                }
                 Touched::All => false,
             };
             if !understood {
@@ -216,12 +255,12 @@ impl Tables {
             return lost;
         }
         let is_lost = |cache: &Cache| lost.iter().any(|member| Arc::ptr_eq(member, &cache.member));
-        lock(&self.0).turn_those(is_lost, Before::Forgotten)
+        lock(&self.0).turn(is_lost, Before::Forgotten, Some(change))
     }
 
     /// Forgets a table, or all of them.
     pub(crate) fn clear(&self, table: Option<&str>) -> Vec<Arc<dyn Member>> {
-        lock(&self.0).clear(table)
+        lock(&self.0).clear(table, None)
     }
 
     /// The node became coherent, or ceased to be. Entries from before are not served, except to those who ask for old ones
@@ -238,15 +277,16 @@ impl Tables {
             return;
         }
         if !coherent {
-            inner.turn(None, Before::Stale);
+            inner.turn(|cache| !cache.is_local(), Before::Stale, None);
             return;
         }
         let Inner { words, by_name, caches, .. } = &mut *inner;
-        for cache in caches {
-            let resumes = cache.is_told_again(by_name);
+        for cache in caches.iter().filter(|cache| !cache.is_local()) {
+            let (resumes, from) = (cache.is_told_again(by_name), cache.member.shown());
             if !(resumes && cache.member.resume()) {
                 cache.member.show(words.fresh(cache.is_trusted(by_name)), Before::Forgotten);
             }
+            cache.member.note_turn(from, None);
         }
     }
 
@@ -258,7 +298,14 @@ impl Tables {
             return Vec::new();
         }
         inner.off = off;
-        inner.clear(None)
+        inner.turn(|_| true, Before::Forgotten, None)
+    }
+
+    /// Serves nothing any more, not even what is old.
+    pub(crate) fn shut(&self) {
+        let mut inner = lock(&self.0);
+        inner.shut = true;
+        inner.turn(|_| true, Before::Forgotten, None);
     }
 
     /// Since when it has been switched off.
@@ -311,7 +358,7 @@ impl Tables {
             return None;
         }
         table.suspect = Some((now, "its triggers or its definition changed; they are being verified".into()));
-        Some(inner.clear(Some(name)))
+        Some(inner.clear(Some(name), None))
     }
 
     /// The outcome of verifying a table in doubt.
@@ -322,7 +369,7 @@ impl Tables {
             Ok(trust) if trust.key == table.trust.key => {
                 table.trust = trust;
                 table.suspect = None;
-                inner.clear(Some(name));
+                inner.clear(Some(name), None);
                 return Verified::Whole;
             }
             Ok(trust) => format!("its key was ({}) and is ({}) now; restart the service", table.trust.key, trust.key),

@@ -74,7 +74,7 @@
 //!
 //! # What it does not show
 //!
-//! There is no SQL here: queries, the types of columns, [`sqlx::FromRow`] and the loaders of views do not run, and
+//! There is no SQL here: queries, the types of columns, [`sqlx::FromRow`], the loaders of views and their tags do not run, and
 //! triggers are always whole. [`Node::begin`], [`Table::update`](crate::Table::update) and [`Table::modify`](crate::Table::modify) return an error
 //! that says so, and so does a [`WarmUp`](crate::WarmUp) by a query. Keys are shown in messages, never hashed, and all is told by NOTIFY.
 //! With [`TableOptions::bytes`](crate::TableOptions::bytes) and no weigher, a row counts as `size_of` its type. Some tests should still run

@@ -10,11 +10,15 @@
 //! that a change names exactly the entries that it can be part of, as it does for a table by its key. Nothing else is needed: the
 //! store, the loads and the gate are those of a table.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use sqlx::PgConnection;
 
 use crate::{
+    depends::By,
     error::{Error, Kind, Result},
     key::Key,
     node::Node,
@@ -25,6 +29,7 @@ use crate::{
         catalog::Widths,
     },
     table::Table,
+    tags::Tagged,
 };
 
 /// A view that is about to be opened: made by [`Node::view`].
@@ -55,9 +60,16 @@ use crate::{
 pub struct View<'n> {
     node: &'n Node,
     name: String,
-    /// `None`: any row.
-    on: Vec<(String, Option<Vec<String>>)>,
+    on: Vec<(String, Which)>,
     options: TableOptions,
+}
+
+/// Which entries depend on a row.
+#[derive(Clone, Debug)]
+enum Which {
+    InColumns(Vec<String>),
+    Tagged,
+    All,
 }
 
 impl<'n> View<'n> {
@@ -72,13 +84,21 @@ impl<'n> View<'n> {
     /// Of several columns that are sent along, messages do not say which values belong to the same row. A statement that changes many
     /// rows then evicts entries for all combinations.
     pub fn on(mut self, table: &str, columns: impl IntoIterator<Item: Into<String>>) -> Self {
-        self.on.push((table.to_owned(), Some(columns.into_iter().map(Into::into).collect())));
+        self.on.push((table.to_owned(), Which::InColumns(columns.into_iter().map(Into::into).collect())));
         self
     }
 
     /// All entries depend on each row of this table: any change of it evicts them all. For small tables that hardly ever change.
     pub fn on_any(mut self, table: &str) -> Self {
-        self.on.push((table.to_owned(), None));
+        self.on.push((table.to_owned(), Which::All));
+        self
+    }
+
+    /// Entries depend on those rows of this table that the loader tags them with, by their key: for what it only finds out while it loads, as
+    /// the plan that a user happens to have. Only with [`open_tagged`](Self::open_tagged). The table is named in whole, as in `public.plans`. If its
+    /// keys are sent as hashes, any change evicts all entries.
+    pub fn on_tagged(mut self, table: &str) -> Self {
+        self.on.push((table.to_owned(), Which::Tagged));
         self
     }
 
@@ -112,6 +132,64 @@ impl<'n> View<'n> {
         V: Send + Sync + 'static,
         F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync + 'static,
     {
+        if let Some((table, _)) = self.on.iter().find(|(_, which)| matches!(which, Which::Tagged)) {
+            let message =
+                format!("view:{} is to be tagged with rows of {table}: open it with `open_tagged`", self.name);
+            return Err(Error::new(Kind::Config, message));
+        }
+        self.open_with(false, untagged(load)).await
+    }
+
+    /// As [`open`](Self::open), and the loader says what else each entry depends on: rows of tables named with
+    /// [`on_tagged`](Self::on_tagged), and names, for [`Table::invalidate_tag`]. A change of any of it evicts just the entries that have it.
+    ///
+    /// Only entries have tags: a key for which the loader returns nothing depends on what [`on`](Self::on) and [`on_any`](Self::on_any)
+    /// name. A row must be tagged also if it was looked for in vain; and it is its key that counts, so that what was found by
+    /// another column may be found elsewhere later: name such tables with `on_any`.
+    ///
+    /// ```no_run
+    /// # use rowcache::{Table, Tag, Tagged};
+    /// # async fn example(node: rowcache::Node) -> rowcache::Result<()> {
+    /// let prices: Table<i64, i64> = node
+    ///     .view("prices")
+    ///     .on("public.users", ["id"])
+    ///     .on_tagged("public.plans")
+    ///     .open_tagged(|users, db| {
+    ///         Box::pin(async move {
+    ///             let query = "select u.id, p.id, p.price from users u join plans p on p.id = u.plan_id where u.id = any($1)";
+    ///             let rows: Vec<(i64, i64, i64)> = sqlx::query_as(query).bind(users).fetch_all(db).await?;
+    ///             let price = |(user, plan, price)| (user, Tagged::new(price).tag(Tag::row("public.plans", &plan)));
+    ///             Ok(rows.into_iter().map(price).collect())
+    ///         })
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As of [`open`](Self::open). Reads fail with [`is_loader`](Error::is_loader) where an entry is tagged with a row of a table that is
+    /// not named.
+    ///
+    /// # Cancel safety
+    ///
+    /// As of [`open`](Self::open).
+    pub async fn open_tagged<K, V, F>(self, load: F) -> Result<Table<K, V>>
+    where
+        K: Key,
+        V: Send + Sync + 'static,
+        F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync + 'static,
+    {
+        self.open_with(true, load).await
+    }
+
+    async fn open_with<K, V, F>(self, is_tagged: bool, load: F) -> Result<Table<K, V>>
+    where
+        K: Key,
+        V: Send + Sync + 'static,
+        F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync + 'static,
+    {
         self.options.check_unaudited()?;
         self.options.check_weighed()?;
         let name = format!("view:{}", self.name);
@@ -125,14 +203,44 @@ impl<'n> View<'n> {
             let (tables, load, options, name) = (tables.clone(), Arc::clone(&load), keeps_by.clone(), asked.clone());
             Box::pin(async move {
                 let mut on = Vec::with_capacity(tables.len());
-                for (table, columns) in &tables {
-                    on.push(opener.depend::<K>(table, columns.as_deref(), Widths::Any).await?.0);
+                let mut tagged = BTreeSet::new();
+                for (table, which) in &tables {
+                    let columns = if let Which::InColumns(columns) = which { Some(&columns[..]) } else { None };
+                    let mut depends = opener.depend::<K>(table, columns, Widths::Any).await?.0;
+                    if let Which::Tagged = which {
+                        depends.by = By::Tagged;
+                        if depends.table != *table {
+                            let message = format!("{table} is {}: tags need its whole name", depends.table);
+                            return Err(Error::new(Kind::Config, message));
+                        }
+                        tagged.insert(table.clone());
+                    }
+                    on.push(depends);
                 }
-                let source = Built::new(opener.access(&options), &name, load);
+                let source = Built::new(opener.access(&options), &name, load, tagged);
                 let source: MakeSource<K, V> = Box::new(move |_| Arc::new(source));
-                Ok(Found { name, on, hashed: None, source })
+                Ok(Found { name, on, hashed: None, is_tagged, source })
             })
         })
         .await
+    }
+}
+
+/// The same loader, of values without tags.
+fn untagged<K, V, F>(
+    load: F,
+) -> impl for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync + 'static
+where
+    K: Key,
+    V: Send + Sync + 'static,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync + 'static,
+{
+    move |keys, db| {
+        // It may panic before it returns a future, which must be awaited to be noticed.
+        let loading = load(keys, db);
+        Box::pin(async move {
+            let values = loading.await?;
+            Ok(values.into_iter().map(|(key, value)| (key, Tagged::new(value))).collect::<HashMap<_, _>>())
+        })
     }
 }

@@ -169,6 +169,13 @@ pg_test! {
         assert_eq!(held(&users), [2, 3, 9, 10]);
         let stats = users.stats();
         assert_eq!((stats.gets, stats.queries), (1, 3), "not gets, and one statement each time");
+        node.set_caching(false);
+        let mut later = users.warm_up(WarmUp::keys([5]));
+        name(&users, 5).await;
+        assert_eq!((later.progress().keys, later.progress().loaded), (None, 0), "nothing would be kept");
+        node.set_caching(true);
+        assert_eq!(later.finished().await.loaded, 1);
+        assert_eq!(held(&users), [5], "switching forgets everything");
         for (wrong, says) in [
             ("select id, name from users", "must return (bigint)"),
             ("select name from users", "must return (bigint)"),
@@ -245,6 +252,27 @@ pg_test! {
         assert!(error.contains("it is not a file that"), "{error}");
         let nowhere = users.dump(scratch.0.path().join("no").join("where")).await.expect_err("there is no such directory");
         assert!(nowhere.is_config() && nowhere.to_string().contains("public.users"), "{nowhere}");
+    }
+
+    async fn keys_of_other_types_are_warmed_up_as_well(test: Test) {
+        let db = migrated(test.version).await;
+        db.execute(
+            "create type public.color as enum ('red', 'green');
+             create table public.paints (color public.color, number numeric, day date, id bigint, name text,
+                 primary key (color, number, day));
+             insert into public.paints values ('red', 1.50, '2024-02-29', 1, 'a'), ('green', 2, '2024-03-01', 2, 'b');
+             select rowcache.track('public.paints')",
+        )
+        .await;
+        type Paint = (rowcache::EnumLabel, rust_decimal::Decimal, chrono::NaiveDate);
+        let paints: Table<Paint, User> = node(&db).await.table("public.paints").await.expect("opens");
+        let query = "select color, number, day from public.paints";
+        let progress = paints.warm_up(WarmUp::query(query)).finished().await;
+        assert_eq!((progress.keys, progress.loaded, progress.error), (Some(2), 2, None));
+        let scratch = Scratch::new();
+        assert_eq!(paints.dump(scratch.file()).await.expect("writes"), 2);
+        let again = paints.warm_up(WarmUp::dump(scratch.file())).finished().await;
+        assert_eq!((again.held, again.error), (2, None));
     }
 
     async fn keys_that_are_secrets_are_not_dumped(test: Test) {

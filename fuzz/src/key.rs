@@ -3,7 +3,7 @@
 
 use arbitrary::Arbitrary;
 use rowcache::{
-    Key, KeyPart, Rows,
+    EnumLabel, Key, KeyPart, Rows,
     fuzzing::{self, Parsed},
 };
 use sha2::{Digest, Sha256};
@@ -27,6 +27,9 @@ enum Two {
     Int8(i64, i64),
     Text(String, String),
     Uuid(u128, u128),
+    Bool(bool, bool),
+    Bytes(Vec<u8>, Vec<u8>),
+    Label(String, String),
     Texts((String, String), (String, String)),
     Mixed((i64, u128, String), (i64, u128, String)),
     Four((i16, String, i32, String), (i16, String, i32, String)),
@@ -40,6 +43,9 @@ pub fn run(input: &Input) {
         Two::Int8(a, b) => check(a, b, input),
         Two::Text(a, b) => check(a, b, input),
         Two::Uuid(a, b) => check(&uuid(*a), &uuid(*b), input),
+        Two::Bool(a, b) => check(a, b, input),
+        Two::Bytes(a, b) => check(a, b, input),
+        Two::Label(a, b) => check(&EnumLabel::from(a.as_str()), &EnumLabel::from(b.as_str()), input),
         Two::Texts(a, b) => check(a, b, input),
         Two::Mixed(a, b) => check(&(a.0, uuid(a.1), a.2.clone()), &(b.0, uuid(b.1), b.2.clone()), input),
         Two::Four(a, b) => check(a, b, input),
@@ -73,13 +79,17 @@ fn check<K: Key>(a: &K, b: &K, input: &Input) {
 
 /// Parts that came from anywhere: they are a key if each is of its column's type, and then that key.
 fn strange<K: Key>(parts: &[Part]) {
-    use rowcache::KeyType::{Int2, Int4, Int8, Text, Uuid as Id};
+    use rowcache::KeyType::{Bool, Bytea, Enum, Int2, Int4, Int8, Text, Uuid as Id};
     let received: Vec<_> = parts.iter().map(Part::received).collect();
     let types = K::types();
     let fits = |(part, kind): (&KeyPart<'_>, _)| match (part, kind) {
         (KeyPart::Int(n), Int2) => i16::try_from(*n).is_ok(),
         (KeyPart::Int(n), Int4) => i32::try_from(*n).is_ok(),
-        (KeyPart::Int(_), Int8) | (KeyPart::Text(_), Text) => true,
+        (KeyPart::Int(_), Int8) | (KeyPart::Text(_), Text | Enum) => true,
+        (KeyPart::Text(text), Bool) => matches!(&**text, "true" | "false"),
+        (KeyPart::Text(text), Bytea) => {
+            text.len() % 2 == 0 && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+        }
         (KeyPart::Text(text), Id) => Uuid::try_parse(text).is_ok(),
         _ => false,
     };

@@ -5,7 +5,7 @@
 //! changes after its snapshot was taken is told by a message that voids the load.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     future::{Future, poll_fn},
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -27,7 +27,8 @@ use crate::{
         database_error, has_code, is_connection_error, keys,
         line::stamp_view,
     },
-    source::{Digesting, Listing, Loaded, Loading, Source, Stamp},
+    source::{Digesting, Listing, Loaded, Loading, Received, Source, Stamp},
+    tags::Tagged,
 };
 
 /// What a loader returns: an entry for each key that has one.
@@ -41,6 +42,8 @@ pub(crate) struct Built<K, V, F> {
     access: Access,
     name: String,
     load: Arc<F>,
+    /// The tables whose rows entries may be tagged with.
+    tagged: BTreeSet<String>,
     types: PhantomData<fn() -> (K, V)>,
 }
 
@@ -56,15 +59,31 @@ impl<K, V, F> Built<K, V, F>
 where
     K: Key,
     V: Send + 'static,
-    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync,
 {
-    pub(crate) fn new(access: Access, name: &str, load: Arc<F>) -> Self {
-        Self { access, name: name.to_owned(), load, types: PhantomData }
+    pub(crate) fn new(access: Access, name: &str, load: Arc<F>, tagged: BTreeSet<String>) -> Self {
+        Self { access, name: name.to_owned(), load, tagged, types: PhantomData }
     }
 
     async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
         let (stamp, mut made) = self.access.attempt(&Once { of: self, keys }, deadline).await?;
-        Ok(Loaded { rows: keys.iter().map(|key| Ok(made.remove(key))).collect(), received: Vec::new(), stamp })
+        let mut loaded = Loaded { stamp, ..Loaded::none() };
+        for key in keys {
+            let Tagged { value, tags } = match made.remove(key) {
+                Some(Tagged { value, tags }) => Tagged { value: Some(value), tags },
+                None => Tagged::new(None),
+            };
+            if let Some(tag) = tags.iter().find(|tag| tag.table().is_some_and(|table| !self.tagged.contains(table))) {
+                let message = format!(
+                    "{} is tagged with a row of a table that the view does not name: {tag}; name it with `on_tagged`",
+                    self.of(std::slice::from_ref(key))
+                );
+                return Err(Error::new(Kind::Loader, message));
+            }
+            loaded.rows.push(Ok(value));
+            loaded.received.push(Received { tags, ..Received::default() });
+        }
+        Ok(loaded)
     }
 
     fn of(&self, keys: &[K]) -> String {
@@ -84,7 +103,7 @@ where
     }
 
     /// What the loader makes, whatever becomes of it.
-    async fn make(&self, keys: &[K], transaction: &mut PgConnection) -> Result<HashMap<K, V>, Failed> {
+    async fn make(&self, keys: &[K], transaction: &mut PgConnection) -> Result<HashMap<K, Tagged<V>>, Failed> {
         let failed =
             |why: &str| Failed::Otherwise(Error::new(Kind::Loader, format!("the loader of {} {why}", self.name)));
         let panicked = |panic: &(dyn std::any::Any + Send)| failed(&format!("panicked: {}", panic_message(panic)));
@@ -142,9 +161,9 @@ impl<K, V, F> Attempt for Once<'_, K, V, F>
 where
     K: Key,
     V: Send + 'static,
-    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync,
 {
-    type Answer = (Stamp, HashMap<K, V>);
+    type Answer = (Stamp, HashMap<K, Tagged<V>>);
 
     async fn run(&self, connection: &mut PgConnection) -> Result<Self::Answer, Failed> {
         let mut transaction =
@@ -169,7 +188,7 @@ impl<K, V, F> Source<K, V> for Built<K, V, F>
 where
     K: Key,
     V: Send + 'static,
-    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, V> + Send + Sync,
+    F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync,
 {
     fn load<'a>(&'a self, keys: &'a [K]) -> Loading<'a, V> {
         Box::pin(async move {

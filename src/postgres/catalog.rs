@@ -1,6 +1,6 @@
 //! What Postgres knows about a table that is to be cached, asked through `rowcache.describe`.
 
-use std::ops::DerefMut;
+use std::{collections::BTreeSet, ops::DerefMut};
 
 use sqlx::{FromRow, PgConnection, PgPool};
 
@@ -22,6 +22,8 @@ pub(crate) struct Description {
     pub(crate) relkind: Option<String>,
     pub(crate) key_columns: Vec<String>,
     pub(crate) key_types: Vec<String>,
+    /// Which of these are enums. A domain over one is not: Postgres cannot compare its values.
+    pub(crate) key_enums: Vec<bool>,
     /// Further columns whose values messages have.
     pub(crate) columns: Vec<String>,
     pub(crate) tracked: bool,
@@ -35,7 +37,12 @@ pub(crate) struct Description {
 
 /// The columns asked for, in the order of [`Description`].
 pub(crate) const DESCRIBE: &str = "select relation, relkind::text as relkind, coalesce(key_columns, '{}') as key_columns, \
-     coalesce(key_types, '{}') as key_types, coalesce(columns, '{}') as columns, tracked, coalesce(problems, '{}') as problems, fingerprint, \
+     coalesce(key_types, '{}') as key_types, \
+     array(select exists (select from pg_catalog.pg_attribute a \
+         join pg_catalog.pg_type t on t.oid = a.atttypid and t.typtype = 'e' \
+         where a.attrelid = pg_catalog.to_regclass(relation) and a.attname = k.name and a.attnum > 0 and not a.attisdropped) \
+       from pg_catalog.unnest(key_columns) with ordinality as k(name, position) order by k.position) as key_enums, \
+     coalesce(columns, '{}') as columns, tracked, coalesce(problems, '{}') as problems, fingerprint, \
      secret, via from rowcache.describe($1)";
 
 /// A table that can be cached under keys of a certain type.
@@ -102,7 +109,7 @@ pub(crate) async fn depend<K: Key>(
         None => By::Any,
         Some(columns) => {
             let types = sqlx::query_as(TYPES).bind(&relation).bind(columns).persistent(!pooler);
-            let types: Vec<(String, Option<String>)> = types.fetch_all(&mut **asking).await.map_err(failed)?;
+            let types: Vec<(String, Option<String>, bool)> = types.fetch_all(&mut **asking).await.map_err(failed)?;
             By::Columns(description.columns::<K>(&relation, columns, &types, widths)?)
         }
     };
@@ -119,10 +126,11 @@ pub(crate) enum Widths {
     Any,
 }
 
-/// The types of columns, in the order in which they are named; null: there is no such column.
-const TYPES: &str = "select c.name, format_type(rowcache.base_type(a.atttypid), null) \
+/// The types of columns, in the order in which they are named, and whether they are enums; null: there is no such column.
+const TYPES: &str = "select c.name, format_type(rowcache.base_type(a.atttypid), null), coalesce(t.typtype = 'e', false) \
      from unnest($2::text[]) with ordinality as c(name, position) \
      left join pg_attribute a on a.attrelid = $1::text::regclass and a.attname = c.name and a.attnum > 0 and not a.attisdropped \
+     left join pg_type t on t.oid = a.atttypid \
      order by c.position";
 
 /// Reads the secret that hashes the keys of this table, and of all others of this database with hashed keys.
@@ -227,11 +235,11 @@ impl Description {
         &self,
         relation: &str,
         columns: &[String],
-        types: &[(String, Option<String>)],
+        types: &[(String, Option<String>, bool)],
         widths: Widths,
     ) -> Result<Vec<Column>> {
         let table = |message: String| Error::new(Kind::Table, message);
-        if let Some((column, _)) = types.iter().find(|(_, of)| of.is_none()) {
+        if let Some((column, ..)) = types.iter().find(|(_, of, _)| of.is_none()) {
             return Err(table(format!("table {relation} has no column {column}")));
         }
         if self.secret.is_some() {
@@ -240,14 +248,14 @@ impl Description {
             )));
         }
         let found: Vec<_> =
-            types.iter().map(|(_, of)| KeyType::from_postgres(of.as_deref().unwrap_or_default())).collect();
+            types.iter().map(|(_, of, is_enum)| key_type(of.as_deref().unwrap_or_default(), *is_enum)).collect();
         let fits = |found: &Option<KeyType>, wanted: &KeyType| {
             *found == Some(*wanted) || widths == Widths::Any && wanted.is_int() && found.is_some_and(KeyType::is_int)
         };
         let wanted = K::types();
         if found.len() != wanted.len() || !found.iter().zip(&wanted).all(|(found, wanted)| fits(found, wanted)) {
             let of: Vec<_> =
-                types.iter().map(|(name, of)| format!("{name} {}", of.as_deref().unwrap_or_default())).collect();
+                types.iter().map(|(name, of, _)| format!("{name} {}", of.as_deref().unwrap_or_default())).collect();
             return Err(table(format!(
                 "({}) of {relation} does not fit a key of type {}; {}",
                 of.join(", "),
@@ -292,7 +300,8 @@ impl Description {
 
 fn check_key<K: Key>(table: &str, description: &Description) -> Result<()> {
     let wanted = K::types();
-    let known: Vec<_> = description.key_types.iter().map(|name| KeyType::from_postgres(name)).collect();
+    let types = description.key_types.iter().zip(&description.key_enums);
+    let known: Vec<_> = types.map(|(name, is_enum)| key_type(name, *is_enum)).collect();
     if known.iter().copied().eq(wanted.iter().copied().map(Some)) {
         return Ok(());
     }
@@ -312,10 +321,50 @@ fn rust(types: &[KeyType]) -> String {
     if let [one] = names[..] { one.to_owned() } else { format!("({})", names.join(", ")) }
 }
 
+fn key_type(name: &str, is_enum: bool) -> Option<KeyType> {
+    if is_enum { Some(KeyType::Enum) } else { KeyType::from_postgres(name) }
+}
+
 /// What to use for a key of these types.
 fn cure(found: &[Option<KeyType>]) -> String {
-    found.iter().copied().collect::<Option<Vec<_>>>().map_or_else(
-        || "no key type of this library holds that yet".to_owned(),
-        |types| format!("use Table<{}, _>", rust(&types)),
-    )
+    let Some(types) = found.iter().copied().collect::<Option<Vec<_>>>() else {
+        return "no key type of this library holds that yet: a key is made of smallint, integer, bigint, text, varchar, uuid, \
+                boolean, bytea, enums, date, timestamp, timestamptz and numeric"
+            .to_owned();
+    };
+    let features: BTreeSet<_> = types.iter().copied().filter_map(KeyType::missing_feature).collect();
+    let used = format!("use Table<{}, _>", rust(&types));
+    if features.is_empty() {
+        return used;
+    }
+    let features = features.into_iter().collect::<Vec<_>>().join(" and ");
+    format!("enable feature {features} of rowcache, and {used}")
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_to_be_used_is_said_with_the_feature_that_it_needs() {
+        let dates = |names: &str| {
+            let missing = !cfg!(any(feature = "chrono", feature = "time"));
+            if missing {
+                format!("enable feature `chrono` or `time` of rowcache, and {names}")
+            } else {
+                names.to_owned()
+            }
+        };
+        let date = KeyType::Date.rust();
+        assert_eq!(cure(&[Some(KeyType::Int8)]), "use Table<i64, _>");
+        assert_eq!(cure(&[Some(KeyType::Date)]), dates(&format!("use Table<{date}, _>")));
+        let both = [Some(KeyType::Date), Some(KeyType::Int2)];
+        assert_eq!(cure(&both), dates(&format!("use Table<({date}, i16), _>")));
+        assert_eq!(cure(&[Some(KeyType::Enum), Some(KeyType::Bool)]), "use Table<(EnumLabel, bool), _>");
+        let decimal = cure(&[Some(KeyType::Numeric)]);
+        let feature = "enable feature `rust_decimal` of rowcache, and ";
+        assert_eq!(decimal.starts_with(feature), !cfg!(feature = "rust_decimal"), "{decimal}");
+        assert!(decimal.ends_with("use Table<rust_decimal::Decimal, _>"), "{decimal}");
+        assert!(cure(&[Some(KeyType::Int8), None]).contains("no key type of this library holds that"));
+    }
 }

@@ -4,26 +4,24 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Row as _, postgres::PgRow};
 use tokio::time::timeout;
-use uuid::Uuid;
 
 use crate::{
     error::{Error, Kind, Result},
     key::{Key, KeyPart, KeyType},
-    postgres::{access::Access, database_error, lent::Lent, server::fetch},
+    postgres::{
+        access::Access,
+        columns::{self, KeyColumn},
+        database_error,
+        lent::Lent,
+        server::fetch,
+    },
 };
 
 /// What key columns of these types have in a row, from column `first` on; `None` if one of them is null.
 pub(super) fn parts(row: &PgRow, first: usize, types: &[KeyType]) -> sqlx::Result<Option<Vec<KeyPart<'static>>>> {
     let mut parts = Vec::with_capacity(types.len());
     for (column, of) in (first..).zip(types) {
-        let part = match of {
-            KeyType::Int2 => row.try_get::<Option<i16>, _>(column)?.map(|it| KeyPart::Int(it.into())),
-            KeyType::Int4 => row.try_get::<Option<i32>, _>(column)?.map(|it| KeyPart::Int(it.into())),
-            KeyType::Int8 => row.try_get::<Option<i64>, _>(column)?.map(KeyPart::Int),
-            KeyType::Text => row.try_get::<Option<String>, _>(column)?.map(|it| KeyPart::Text(it.into())),
-            KeyType::Uuid => row.try_get::<Option<Uuid>, _>(column)?.map(KeyPart::Uuid),
-        };
-        match part {
+        match columns::read(row, column, *of)? {
             Some(part) => parts.push(part),
             None => return Ok(None),
         }
@@ -40,11 +38,18 @@ pub(super) async fn read<K: Key>(
     limit: Duration,
 ) -> Result<Vec<K>> {
     let query = query.trim().trim_end_matches(';');
-    let sql = format!("select * from ({query}\n) as wanted limit {max}");
+    let types = K::types();
+    // The columns as they are read, and then all that there are, which shows whether there are more.
+    let names: Vec<String> = (0..types.len()).map(|n| format!("k{n}")).collect();
+    let column = |(of, name): (&KeyType, &String)| KeyColumn { of: *of, table: "", name }.value();
+    let values: Vec<String> = types.iter().zip(&names).map(column).collect();
+    let sql = format!("select {}, t.* from ({query}\n) as t({}) limit {max}", values.join(", "), names.join(", "));
     let of = format!("the keys of {cache}");
+    // An unnamed statement would not survive that the driver looks up a type between its preparation and its execution.
     let asking = async {
         let mut connection = Lent::acquire(&access.pool).await?;
-        let rows = fetch(&mut connection, sqlx::query(AssertSqlSafe(sql)).persistent(false), access.pooler).await?;
+        let rows =
+            fetch(&mut connection, sqlx::query(AssertSqlSafe(sql)).persistent(!access.pooler), access.pooler).await?;
         connection.give_back();
         Ok::<Vec<PgRow>, sqlx::Error>(rows)
     };
@@ -52,7 +57,6 @@ pub(super) async fn read<K: Key>(
         Ok(rows) => rows.map_err(|error| database_error(&format!("reading {of}"), error))?,
         Err(_) => return Err(Error::new(Kind::Timeout, format!("reading {of} took longer than {limit:?}"))),
     };
-    let types = K::types();
     let broken = |what: &str| {
         let columns: Vec<_> = types.iter().map(|of| of.postgres()).collect();
         Error::new(
@@ -62,8 +66,9 @@ pub(super) async fn read<K: Key>(
     };
     let mut keys = Vec::with_capacity(rows.len());
     for row in &rows {
-        if row.len() != types.len() {
-            return Err(broken(&format!("the query returns {} columns", row.len())));
+        let found = row.len() - types.len();
+        if found != types.len() {
+            return Err(broken(&format!("the query returns {found} columns")));
         }
         let Some(parts) = parts(row, 0, &types).map_err(|error| broken(&error.to_string()))? else { continue };
         keys.push(K::from_parts(&parts).ok_or_else(|| broken("what it returns is no key"))?);

@@ -439,6 +439,7 @@ impl Sessions {
             relkind: row.get("relkind"),
             key_columns: row.get("key_columns"),
             key_types: row.get("key_types"),
+            key_enums: row.get("key_enums"),
             columns: row.get("columns"),
             tracked: row.get("tracked"),
             problems: row.get("problems"),

@@ -3,6 +3,7 @@
 pub(crate) mod access;
 pub(crate) mod built;
 pub(crate) mod catalog;
+mod columns;
 mod hosts;
 pub mod install;
 mod keys;

@@ -28,6 +28,7 @@ use crate::{
     postgres::{
         access::{Access, Attempt, Failed},
         catalog::TrackedTable,
+        columns::{self, KeyColumn},
         database_error, has_code, keys,
         line::stamp_view,
         server::fetch,
@@ -101,13 +102,8 @@ impl<K: Key, V, S> Rows<K, V, S> {
     /// A statement with the parts of one key.
     fn by_key(&self, sql: &str, key: &K) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
         let query = sqlx::query(AssertSqlSafe(sql.to_owned()));
-        key.to_parts().into_iter().zip(&self.key_types).fold(query, |query, (part, of)| match (part, of) {
-            (KeyPart::Int(value), KeyType::Int2) => query.bind(narrow::<i16>(value)),
-            (KeyPart::Int(value), KeyType::Int4) => query.bind(narrow::<i32>(value)),
-            (KeyPart::Int(value), _) => query.bind(value),
-            (KeyPart::Text(value), _) => query.bind(value.into_owned()),
-            (KeyPart::Uuid(value), _) => query.bind(value),
-        })
+        let parts = key.to_parts().into_iter().zip(&self.key_types);
+        parts.fold(query, |query, (part, of)| columns::bind(query, *of, part))
     }
 
     fn query(&self, keys: &[K]) -> sqlx::query::Query<'static, sqlx::Postgres, PgArguments> {
@@ -122,16 +118,7 @@ impl<K: Key, V, S> Rows<K, V, S> {
             }
         }
         let query = sqlx::query(AssertSqlSafe(sql.many.clone()));
-        columns.into_iter().zip(&self.key_types).fold(query, |query, (column, of)| {
-            let column = column.into_iter();
-            match of {
-                KeyType::Int2 => query.bind(column.map(int).map(narrow::<i16>).collect::<Vec<_>>()),
-                KeyType::Int4 => query.bind(column.map(int).map(narrow::<i32>).collect::<Vec<_>>()),
-                KeyType::Int8 => query.bind(column.map(int).collect::<Vec<_>>()),
-                KeyType::Text => query.bind(column.map(|part| part.to_string()).collect::<Vec<_>>()),
-                KeyType::Uuid => query.bind(column.map(uuid).collect::<Vec<_>>()),
-            }
-        })
+        columns.iter().zip(&self.key_types).fold(query, |query, (parts, of)| columns::bind_all(query, *of, parts))
     }
 
     /// What is being loaded, for messages.
@@ -206,25 +193,31 @@ impl<T> Shape<Vec<T>> for List {
 
 impl Sql {
     fn new<K: Key>(table: &TrackedTable, order: &[String], stamp: &str) -> Self {
-        let columns: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
-        let keys: String =
-            columns.iter().enumerate().map(|(n, column)| format!(", t.{column} as \"rowcache.key.{n}\"")).collect();
+        let names: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
+        let types = K::types();
+        let columns: Vec<KeyColumn<'_>> =
+            names.iter().zip(&types).map(|(name, of)| KeyColumn { of: *of, table: &table.name, name }).collect();
+        let keys: String = columns
+            .iter()
+            .enumerate()
+            .map(|(n, column)| format!(", {} as \"rowcache.key.{n}\"", column.value()))
+            .collect();
         let select = format!(
             "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
              s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from {stamp} s left join "
         );
         let name = &table.name;
-        let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = ${}", n + 1)).collect();
+        let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| column.is(n + 1)).collect();
         let order: Vec<String> = order.iter().map(|column| format!("t.{}", quote(column))).collect();
         let order = if order.is_empty() { String::new() } else { format!(" order by {}", order.join(", ")) };
         let one = format!("{select}{name} t on {}{order}", equal.join(" and "));
         let many = if let [column] = &columns[..] {
-            format!("{select}{name} t on t.{column} = any($1){order}")
+            format!("{select}{name} t on {}{order}", column.is_one_of(1))
         } else {
-            let arrays: Vec<_> =
-                K::types().iter().enumerate().map(|(n, of)| format!("${}::{}[]", n + 1, of.postgres())).collect();
+            let arrays: Vec<_> = columns.iter().enumerate().map(|(n, column)| column.elements(n + 1)).collect();
             let names: Vec<_> = (0..columns.len()).map(|n| format!("k{n}")).collect();
-            let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| format!("t.{column} = k.k{n}")).collect();
+            let equal: Vec<_> =
+                columns.iter().enumerate().map(|(n, column)| column.is_element(&format!("k.k{n}"))).collect();
             format!(
                 "{select}(unnest({}) as k({}) join {name} t on {}) on true{order}",
                 arrays.join(", "),
@@ -343,7 +336,7 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
             if keeps {
                 let digest = if digests { self.digest(row)? } else { Digest::UNKNOWN };
                 let bytes = if lengths { self.length(row)? } else { 0 };
-                let kept = received.entry(key.clone()).or_insert(Received { digest, bytes: 0 });
+                let kept = received.entry(key.clone()).or_insert(Received { digest, ..Received::default() });
                 kept.bytes = kept.bytes.saturating_add(bytes);
             }
             let value = decode::<S::Row>(row)
@@ -357,7 +350,7 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
         }
         let kept = keys.iter().filter(|_| keeps);
         Ok(Loaded {
-            received: kept.map(|key| received.get(key).copied().unwrap_or(Received::ABSENT)).collect(),
+            received: kept.map(|key| received.remove(key).unwrap_or(Received::ABSENT)).collect(),
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
             stamp,
         })
@@ -417,7 +410,7 @@ fn decode<V: for<'r> FromRow<'r, PgRow>>(row: &PgRow) -> Result<V, Box<dyn std::
     }
 }
 
-pub(super) fn panic_message(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
@@ -428,24 +421,6 @@ pub(super) fn panic_message(panic: &(dyn Any + Send)) -> &str {
 /// `ALTER TABLE` changed the columns under a prepared `select t.*`.
 fn is_stale_plan(error: &sqlx::Error) -> bool {
     has_code(error, "0A000")
-}
-
-fn int(part: KeyPart<'_>) -> i64 {
-    match part {
-        KeyPart::Int(value) => value,
-        other => unreachable!("an integer key has integer parts, not {other:?}"),
-    }
-}
-
-fn uuid(part: KeyPart<'_>) -> Uuid {
-    match part {
-        KeyPart::Uuid(value) => value,
-        other => unreachable!("a uuid key has uuid parts, not {other:?}"),
-    }
-}
-
-fn narrow<T: TryFrom<i64>>(value: i64) -> T {
-    T::try_from(value).ok().expect("a key's parts fit the types it declares")
 }
 
 /// An SQL identifier.

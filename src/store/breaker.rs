@@ -64,7 +64,7 @@ impl Breaker {
 
     fn error(&self) -> Error {
         let what = format!(
-            "Postgres was not asked: the last {} loads of this table did not reach it (`breaker`); one is tried each second",
+            "it was not tried: the last {} loads got no answer (`breaker`); one is tried each second",
             self.failures.load(Ordering::Acquire)
         );
         match &*lock(&self.why) {

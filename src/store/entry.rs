@@ -68,6 +68,20 @@ impl<V> Entry<V> {
         self.lsn
     }
 
+    pub(crate) fn is_row(&self) -> bool {
+        self.value.is_some()
+    }
+
+    /// When its load started.
+    pub(crate) fn loaded_at(&self) -> Tenths {
+        self.at
+    }
+
+    /// `None`: never.
+    pub(crate) fn expires_at(&self) -> Option<Tenths> {
+        self.life.expires_at()
+    }
+
     /// How long ago its load started.
     pub(crate) fn age(&self, now: Boot) -> Duration {
         self.at.age(now)

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Due, Entry, Key, Reload, Rescue, Store, discard};
+use super::{Due, Entry, Key, Reload, Rescue, Store, TableEvent, discard};
 use crate::{digest::Tenths, sync::Arc};
 
 /// How long the entries of one table live.
@@ -86,6 +86,11 @@ impl Life {
         self.used.load(Relaxed) > 0
     }
 
+    /// When it ends, but for lack of use. `None`: never.
+    pub(super) fn expires_at(&self) -> Option<Tenths> {
+        (self.until != Tenths::NEVER).then_some(self.until)
+    }
+
     /// As long as there is space.
     pub(super) fn unlimited() -> Self {
         Self {
@@ -124,6 +129,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let is_expired = |entry: &Arc<Entry<V>>| entry.word == self.gate.word() && self.is_gone(entry);
         let removed = self.entries.remove_if(key, is_expired)?;
         self.counters.expired.add(1);
+        self.note(|| TableEvent::Expired { key: key.clone() });
         Some(removed)
     }
 

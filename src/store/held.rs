@@ -125,6 +125,10 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
         self.room
     }
 
+    pub(super) fn is_pinned(&self, key: &K) -> bool {
+        self.pins.has(key)
+    }
+
     /// Whether `key` is kept however little space there is. Returns whether that is news.
     pub(super) fn pin(&self, key: &K, pinned: bool) -> bool {
         self.pins.set(key, pinned)
@@ -147,6 +151,11 @@ impl<K: Key, V> Removed<K, V> {
     /// What was held of the key itself.
     pub(super) fn entry(&self) -> Option<&Entry<V>> {
         self.other.as_deref()
+    }
+
+    /// Those that had to go, or were replaced.
+    pub(super) fn evicted_keys(&self) -> impl Iterator<Item = &K> {
+        self.evicted.0.iter().map(|(key, _)| key)
     }
 
     /// How many had to go for lack of space when this entry of `key` came, and whether that was one of them: too large.

@@ -79,7 +79,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if let Some((hashed, hash)) = hash {
             hashed.note(hash, key);
         }
-        flights.insert(key.clone(), Flight::new(caller));
+        flights.insert(key.clone(), Flight::new(self.waiter(caller)));
         wanted.push(key.clone());
         Some(answer)
     }

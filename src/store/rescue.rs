@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Entry, Key, Store};
+use super::{Entry, Key, Store, TableEvent};
 use crate::sync::Arc;
 
 /// When that is, and for how long.
@@ -32,6 +32,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             return None;
         }
         self.counters.rescued.add(1);
+        self.tell(|| TableEvent::HitStale { key: key.clone() });
         Some(entry)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Key, Store};
+use super::{Key, Store, Tags};
 use crate::{
     coherence::Boot,
     digest::Tenths,
@@ -30,12 +30,14 @@ pub(crate) struct Origin {
 pub(crate) struct Runner<K: Key, V: Send + Sync + 'static> {
     pub(super) store: Arc<Store<K, V>>,
     batch: VecDeque<K>,
+    /// The number of the last change of a tag before the batch was started.
+    tags: u64,
     retired: bool,
 }
 
 impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     pub(super) fn new(store: Arc<Store<K, V>>) -> Self {
-        Self { store, batch: VecDeque::new(), retired: false }
+        Self { store, batch: VecDeque::new(), tags: 0, retired: false }
     }
 
     /// Starts loads of all keys that wait, up to the limit. `None` when none waits: the runner has retired.
@@ -60,6 +62,7 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
         let size = queue.keys.len().min(store.limits.batch_max);
         self.batch.extend(queue.keys.drain(..size));
         drop(queue);
+        self.tags = store.tags().map_or(0, Tags::now);
         for key in &self.batch {
             store.start(key);
         }
@@ -86,7 +89,7 @@ impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
         for result in results {
             // Key by key: should the `Drop` of a value panic, the rest of the batch is ended by our own `Drop`.
             let key = self.batch.pop_front().expect("one result per key");
-            if self.store.finish(&key, result, origin) {
+            if self.store.finish(&key, result, origin, self.tags) {
                 lock(&self.store.queue).keys.push_back(key);
             }
         }

@@ -14,15 +14,15 @@
 //! A message that finds no key has nothing to do. Had a load of the key started before the look into the index, the key
 //! would have been in it. A load that starts afterwards starts after the message was delivered, and sees the change (A7).
 
-use super::{Hashed, Key, KeyHash, Runner, Store};
+use super::{Change, Hashed, Key, KeyHash, Runner, Store};
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Rows were changed whose keys have these hashes. `false`: they are not ours to understand.
-    pub(super) fn invalidate_by_hash(&self, secret: &str, hashes: &[KeyHash]) -> bool {
+    pub(super) fn forget_hashed(&self, secret: &str, hashes: &[KeyHash], by: &Change) -> bool {
         let Some(hashed) = self.hashed().filter(|hashed| hashed.is_made_by(secret)) else { return false };
         for hash in hashes {
             if let Some(key) = hashed.find(hash) {
-                self.invalidate(&key);
+                self.forget(&key, Some(by));
             }
         }
         true
@@ -56,8 +56,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 impl<K: Key, V: Send + Sync + 'static> Runner<K, V> {
     /// The work of making the index small again, if it has grown; for a thread that may be kept busy.
     pub(crate) fn sweep(&self) -> Option<impl FnOnce() + Send + use<K, V>> {
-        let due = self.store.hashed().is_some_and(Hashed::sweep_is_due);
-        let store = due.then(|| std::sync::Arc::clone(&self.store))?;
-        Some(move || store.sweep())
+        let (keys, tags) = (self.store.hashed().is_some_and(Hashed::sweep_is_due), self.store.sweep_of_tags_is_due());
+        let store = (keys || tags).then(|| std::sync::Arc::clone(&self.store))?;
+        Some(move || {
+            store.sweep();
+            if tags {
+                store.sweep_tags();
+            }
+        })
     }
 }

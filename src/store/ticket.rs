@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 
-use super::{Entry, Key, Origin, Received, Store};
+use super::{Entry, Key, Origin, Store, TableEvent};
 use crate::{
     gate::Word,
     sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
@@ -57,12 +57,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Puts in a row that was read after the ticket was drawn, if it is good. Returns whether it was.
     pub(crate) fn put(&self, key: &K, drawn: Drawn, value: Option<V>, origin: Origin) -> bool {
         // What these need is known of what was loaded here.
-        if self.is_audited || self.weighs_received() {
+        if self.is_audited || self.weighs_received() || self.tags().is_some() {
             self.give_ticket_back(key, drawn);
             return false;
         }
-        let received = Received::default();
-        let (weight, life) = (self.weight(key, value.as_ref(), received), self.life(key, value.as_ref(), origin.at));
+        let (weight, life) = (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), origin.at));
         let entry = Entry { at: origin.at, weight, life, ..Entry::new(drawn.word, origin.stamp.lsn, value) };
         let entry = Arc::new(entry);
         let flights = self.flights(key);
@@ -74,6 +73,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if is_good {
             self.count_space(key, &removed, &entry);
             self.counters.put.add(1);
+            self.tell(|| TableEvent::Put { key: key.clone() });
         }
         drop(removed);
         is_good

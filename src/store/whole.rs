@@ -48,6 +48,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         assert_eq!(lock(&self.queue).runners, 0, "a runner that is none");
         self.sweep();
         self.assert_whole();
+        if let Some(tags) = self.tags() {
+            self.sweep_tags();
+            assert!(tags.keys().iter().all(|key| self.entries.peek(key).is_some()), "in the index, and not held");
+        }
         if let Some(hashed) = self.hashed() {
             assert_eq!(hashed.len() as u64, self.stats().entries, "in the index, and held");
         }

@@ -134,7 +134,7 @@ pub(crate) fn or_in_memory<K: Key, V: Send + Sync + 'static>(
                 let (name, on, read) = world.registry.find::<K, V>(&asked)?;
                 let source: MakeSource<K, V> =
                     Box::new(move |keeps| Arc::new(MemorySource { world, read, limit, keeps, of: asked }));
-                Ok(Found { name, on: vec![on], hashed: None, source })
+                Ok(Found { name, on: vec![on], hashed: None, is_tagged: false, source })
             })
         }
     }
@@ -177,7 +177,7 @@ impl<K: Key, V: Send + Sync + 'static> MemorySource<K, V> {
     fn received(&self, version: Option<u64>) -> Received {
         let digest = if self.keeps.digests { digest(version) } else { Digest::UNKNOWN };
         let bytes = if self.keeps.lengths && version.is_some() { size_of::<V>() } else { 0 };
-        Received { digest, bytes: u32::try_from(bytes).unwrap_or(u32::MAX) }
+        Received { digest, bytes: u32::try_from(bytes).unwrap_or(u32::MAX), tags: Vec::new() }
     }
 }
 

@@ -52,8 +52,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "remove",
         protection: "an invalidation removes the entry (I1)",
         file: "src/store.rs",
-        text: "        let removed = self.entries.remove(key);\n        drop(flights);\n",
-        instead: "        let removed = Removed::default();\n        drop(flights);\n",
+        text: "        let removed = self.entries.remove(key);\n        if",
+        instead: "        let removed = Removed::default();\n        if",
         catchers: &[Unit("absent_rows_are_held"), Test("read_through", "a_change_by_anybody"), Simulation("20")],
     },
     Mutant {
@@ -144,7 +144,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "unkept-removes",
         protection: "a load that is not kept removes what a gap left of its key (I2)",
-        file: "src/store.rs",
+        file: "src/store/publish.rs",
         text: "                removed = self.entries.remove(key);\n            }\n            Answer",
         instead: "                removed = Removed::default();\n            }\n            Answer",
         catchers: &[Unit("a_gap_puts_entries_out_of_service")],
@@ -545,8 +545,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "pins",
         protection: "what is pinned is not evicted",
         file: "src/store/held.rs",
-        text: "self.pins.has(key)",
-        instead: "self.pins.has(key) && false",
+        text: "_: &Arc<Entry<V>>) -> bool {\n        self.pins.has(key)",
+        instead: "_: &Arc<Entry<V>>) -> bool {\n        self.pins.has(key) && false",
         catchers: &[Unit("what_is_pinned"), Test("bounds", "what_is_pinned")],
     },
     Mutant {
