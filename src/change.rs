@@ -234,6 +234,17 @@ impl Change {
         Self { table: Some(table.to_owned()), rows, columns: BTreeMap::new(), xid: None }
     }
 
+    /// The wire form, short enough for NOTIFY: with too many keys, it is the whole table.
+    pub(crate) fn to_message(&self) -> String {
+        /// NOTIFY refuses payloads of 8000 bytes or more.
+        const PAYLOAD_MAX: usize = 7999;
+        let payload = self.to_payload();
+        if payload.len() <= PAYLOAD_MAX {
+            return payload;
+        }
+        Self { rows: Rows::All, columns: BTreeMap::new(), ..self.clone() }.to_payload()
+    }
+
     /// The wire form. A change without keys of a table that it does not name is written as "every table".
     pub(crate) fn to_payload(&self) -> String {
         let mut wire = Wire { v: VERSION, t: self.table.as_deref().map(Cow::Borrowed), x: self.xid, ..Wire::default() };

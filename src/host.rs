@@ -1,8 +1,8 @@
 //! What a node asks of the process that it lives in: the time, and somebody who runs its tasks.
 //!
-//! A trait, so that the same node runs under a clock that is not the machine's (`verify/simulation`).
+//! A trait, so that the same node runs under a clock that is not the machine's (`verify/simulation`, `testing/host.rs`).
 
-use std::{future::Future, pin::Pin};
+use std::{future::Future, pin::Pin, time::Instant};
 
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -16,6 +16,11 @@ pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub(crate) trait Host: Send + Sync {
     /// Time since boot, suspended time included (X19).
     fn now(&self) -> Boot;
+
+    /// A moment of this time on the clock of the standard library, for users.
+    fn instant(&self, at: Boot) -> Instant {
+        clock::instant(at)
+    }
 
     /// Runs a task to its end, unless the host ends first.
     fn spawn(&self, task: Task);

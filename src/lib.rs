@@ -86,6 +86,7 @@
 //! | `journal` | core: what happened to the entries of a table |
 //! | `digest` | core: what an entry remembers of its row |
 //! | `status`, `stats`, `explain`, `error` | what users are told |
+//! | `testing` | a database in memory, for users' own tests |
 //!
 //! # Features
 //!
@@ -96,10 +97,13 @@
 //! | `chrono` | keys of `date`, `timestamp` and `timestamptz` as types of crate `chrono`; values, too: it turns on sqlx's feature of that name |
 //! | `time` | the same as types of crate `time` |
 //! | `rust_decimal` | keys of `numeric` as `rust_decimal::Decimal`, and values |
+//! | `test-kit` | module `testing`: nodes without Postgres, for the tests of your service |
 //! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "test-kit")]
+pub mod testing;
 #[cfg(feature = "verify")]
 pub mod verify;
 

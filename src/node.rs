@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::{
     config::Config,
@@ -81,11 +81,14 @@ impl Node {
     /// Cancelling closes whatever was opened.
     pub async fn start(config: Config) -> Result<Self> {
         let (ready, first_attempt) = oneshot::channel();
-        let node = Self::run(config, Some(ready))?;
+        Self::run(config, Some(ready))?.started(first_attempt).await
+    }
+
+    pub(crate) async fn started(self, first_attempt: oneshot::Receiver<Result<()>>) -> Result<Self> {
         match first_attempt.await {
-            Ok(Ok(())) => Ok(node),
+            Ok(Ok(())) => Ok(self),
             Ok(Err(error)) => {
-                node.shutdown().await;
+                self.shutdown().await;
                 Err(error)
             }
             Err(_) => Err(Error::new(Kind::Closed, "the runtime was shut down while the node was starting")),
@@ -125,11 +128,21 @@ impl Node {
         config.check()?;
         let postgres = Arc::new(Postgres::new(config.clone()));
         let shared = Shared::new(config, Arc::clone(&postgres) as Arc<dyn Server>, Arc::new(Process::current()));
+        Ok(Self::of(shared, postgres, ready, Handle::start))
+    }
+
+    /// Of what its tasks and handles share, run in the way of `start`.
+    pub(crate) fn of(
+        shared: Arc<Shared>,
+        postgres: Arc<Postgres>,
+        ready: Option<oneshot::Sender<Result<()>>>,
+        start: fn(Arc<Shared>, JoinHandle<()>) -> Handle,
+    ) -> Self {
         if !shared.config.caching {
             shared.tables.switch_off(Some(shared.host.now()));
         }
         let keeper = tokio::spawn(keeper::keep(Arc::clone(&shared), ready));
-        Ok(Self { handle: Arc::new(Handle::start(shared, keeper)), postgres, is_launched: false })
+        Self { handle: Arc::new(start(shared, keeper)), postgres, is_launched: false }
     }
 
     /// Returns when the node is coherent: at once, but after [`launch`](Self::launch) and while there is a gap.

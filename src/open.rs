@@ -213,6 +213,8 @@ impl Node {
         find: impl Fn(Opener) -> Finding<K, V> + Send + Sync + 'static,
     ) -> Result<Table<K, V>> {
         options.check()?;
+        #[cfg(feature = "test-kit")]
+        let find = crate::testing::or_in_memory(&self.handle.shared, &name, &options, find);
         let opener = self.opener();
         if self.is_launched {
             let cache = self.cache(&name, &options)?;

@@ -1,6 +1,6 @@
 //! What a node asks of its database, rows apart (those are `source.rs`): lines, fences, polls, messages.
 //!
-//! `postgres/server.rs` answers it with SQL and sockets; `verify/simulation` with a database of its own.
+//! `postgres/server.rs` answers it with SQL and sockets; `verify/simulation` and `testing` each with a database of their own.
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
@@ -31,6 +31,12 @@ pub(crate) trait Server: Send + Sync {
 
     /// Closes all connections but those of lines.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+
+    /// The database in memory that this is, if it is one of `testing`.
+    #[cfg(feature = "test-kit")]
+    fn in_memory(&self) -> Option<Arc<crate::testing::World>> {
+        None
+    }
 }
 
 /// Something that a line received.

@@ -24,7 +24,6 @@ use uuid::Uuid;
 
 use crate::{
     change::{Change, Message, Rows},
-    clock,
     coherence::{Action, Coherence, Incarnation, Reason},
     config::{Config, TICK},
     digest::Tenths,
@@ -134,6 +133,16 @@ impl Handle {
         *lock(&handle.clock) = Some(shared.start_clock());
         let applier = tokio::spawn(shared.apply());
         lock(&handle.tasks).extend([applier, keeper]);
+        handle
+    }
+
+    /// As [`start`](Self::start), with a task for a clock: of a node whose time is tokio's, which can stand still.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn start_in_tokio_time(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
+        let handle = Self::new(Arc::clone(&shared));
+        let clock = tokio::spawn(Arc::clone(&shared).tick_in_tokio_time());
+        let applier = tokio::spawn(shared.apply());
+        lock(&handle.tasks).extend([applier, keeper, clock]);
         handle
     }
 
@@ -488,7 +497,7 @@ impl Shared {
         let status = self.status_of_line();
         match self.tables.off() {
             Some(since) if matches!(status, Status::Coherent { .. }) => {
-                Status::Bypassed { since: clock::instant(since), why: Reason::SwitchedOff }
+                Status::Bypassed { since: self.host.instant(since), why: Reason::SwitchedOff }
             }
             _ => status,
         }
@@ -497,10 +506,10 @@ impl Shared {
     fn status_of_line(&self) -> Status {
         self.look(|coherence| match (coherence.bypassed(), coherence.coherent_as_of()) {
             (None, as_of) => Status::Coherent {
-                as_of: clock::instant(as_of.unwrap_or_default()),
+                as_of: self.host.instant(as_of.unwrap_or_default()),
                 staleness_bound: self.config.staleness_bound(),
             },
-            (Some((since, why)), _) => Status::Bypassed { since: clock::instant(since), why: why.clone() },
+            (Some((since, why)), _) => Status::Bypassed { since: self.host.instant(since), why: why.clone() },
         })
     }
 
@@ -508,7 +517,7 @@ impl Shared {
     pub(crate) fn status_of(&self, table: &str) -> Status {
         match (self.status(), self.tables.suspicion(table)) {
             (Status::Coherent { .. }, Some((since, why))) => {
-                Status::Bypassed { since: clock::instant(since), why: Reason::Triggers(why) }
+                Status::Bypassed { since: self.host.instant(since), why: Reason::Triggers(why) }
             }
             (status, _) => status,
         }
@@ -516,12 +525,7 @@ impl Shared {
 
     /// Tells all nodes, this one too, to forget rows: as the table's triggers would.
     pub(crate) async fn broadcast(&self, change: &Change) -> Result<()> {
-        /// NOTIFY refuses payloads of 8000 bytes or more.
-        const PAYLOAD_MAX: usize = 7999;
-        let mut payload = change.to_payload();
-        if payload.len() > PAYLOAD_MAX {
-            payload = Change { rows: Rows::All, ..change.clone() }.to_payload();
-        }
+        let payload = change.to_message();
         let limit = self.config.load_timeout;
         let late = |_| {
             Err(Error::new(Kind::Timeout, format!("telling all nodes took longer than {limit:?} (`load_timeout`)")))
@@ -550,6 +554,15 @@ impl Shared {
             }
         };
         thread::Builder::new().name("rowcache-clock".into()).spawn(clock).expect("the system can start a thread")
+    }
+
+    /// What the clock thread does, as a task.
+    #[cfg(feature = "test-kit")]
+    async fn tick_in_tokio_time(self: Arc<Self>) {
+        let mut stopping = self.stopping();
+        while timeout(TICK, stopping.wait_for(|stopping| *stopping)).await.is_err() {
+            self.tick();
+        }
     }
 
     /// Looks at the clock: every [`TICK`].

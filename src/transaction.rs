@@ -74,6 +74,8 @@ impl Drop for ForgetsAnyway {
 
 impl Transaction {
     pub(crate) async fn begin(handle: &Arc<Handle>, writes: &PgPool) -> Result<Self> {
+        #[cfg(feature = "test-kit")]
+        crate::testing::check_transacts(&handle.shared)?;
         let begun = writes.begin().await;
         let inner = begun.map_err(|error| database_error("beginning a transaction", error))?;
         Ok(Self { inner, forgets: Forgets { handle: Arc::clone(handle), changes: Vec::new() } })

@@ -35,6 +35,7 @@ mod redundant;
 mod start;
 mod tags;
 mod temp_server;
+mod test_kit;
 mod traps;
 mod triggers;
 mod types;
