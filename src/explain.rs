@@ -118,14 +118,13 @@ impl<K: Key> fmt::Display for Explanation<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = if self.hides_key { "(a secret)".to_owned() } else { key::display(&self.key.to_parts()) };
         write!(f, "{} {key} is ", self.table)?;
-        match &self.held {
-            Some(held) => write!(f, "{held}")?,
-            None => {
-                f.write_str("not held: ")?;
-                match &self.last {
-                    Some((ago, event)) => write!(f, "{} {:.1} s ago", by(event), ago.as_secs_f64())?,
-                    None => f.write_str("nobody asked for it, or that is too long ago")?,
-                }
+        if let Some(held) = &self.held {
+            write!(f, "{held}")?;
+        } else {
+            f.write_str("not held: ")?;
+            match &self.last {
+                Some((ago, event)) => write!(f, "{} {:.1} s ago", by(event), ago.as_secs_f64())?,
+                None => f.write_str("nobody asked for it, or that is too long ago")?,
             }
         }
         if self.is_loading {

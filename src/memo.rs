@@ -57,6 +57,7 @@ impl Node {
     /// # Panics
     ///
     /// Outside of a tokio runtime.
+    #[expect(clippy::needless_pass_by_value, reason = "as whatever takes options")]
     pub fn memo<K, V, F, R, E>(&self, name: &str, options: TableOptions, function: F) -> Result<Memo<K, V>>
     where
         K: Key,

@@ -287,7 +287,7 @@ impl Node {
         columns: impl IntoIterator<Item: Into<String>>,
         ending: &'static str,
         options: TableOptions,
-        source: fn(Access, &TrackedTable, &[String], Keeps) -> Arc<dyn Source<K, V>>,
+        source: SourceBy<K, V>,
     ) -> Result<Table<K, V>> {
         let columns: Vec<String> = columns.into_iter().map(Into::into).collect();
         let named = move |table: &str, columns: &[String]| format!("{table}({}){ending}", columns.join(","));
@@ -406,6 +406,9 @@ impl Node {
         self.handle.stop().await;
     }
 }
+
+/// Makes a source of the rows of a table, which these columns order, by other columns than its key.
+type SourceBy<K, V> = fn(Access, &TrackedTable, &[String], Keeps) -> Arc<dyn Source<K, V>>;
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -51,7 +51,7 @@ enum From<K> {
 
 impl<K: Key> WarmUp<K> {
     fn new(from: From<K>) -> Self {
-        Self { from, max: None, every: None, query_timeout: Duration::from_secs(60) }
+        Self { from, max: None, every: None, query_timeout: Duration::from_mins(1) }
     }
 
     /// The rows with these keys.
@@ -158,6 +158,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     /// # Panics
     ///
     /// Outside of a tokio runtime.
+    #[expect(clippy::must_use_candidate, reason = "it goes on by itself")]
     pub fn warm_up(&self, what: WarmUp<K>) -> WarmingUp {
         let (say, progress) = watch::channel(WarmUpProgress::default());
         let warmer = Warmer {
@@ -364,7 +365,7 @@ fn write<K: Key>(path: &Path, table: &str, keys: &[K]) -> std::io::Result<()> {
         serde_json::to_writer(&mut file, &RowKey::new(&key.to_parts()))?;
     }
     file.write_all(b"\n")?;
-    file.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+    file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
     fs::rename(&beside, path)
 }
 

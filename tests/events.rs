@@ -80,10 +80,8 @@ pg_test! {
         eventually("it has expired", async || !users.peek(&held).is_known()).await;
         name(&users, held).await;
         loop {
-            if let TableEvent::Expired { key } = next(&mut later).await {
-                if key == held {
-                    break;
-                }
+            if matches!(next(&mut later).await, TableEvent::Expired { key } if key == held) {
+                break;
             }
         }
         node.shutdown().await;

@@ -9,6 +9,8 @@ use crate::{
     support::{TestDb, eventually},
 };
 
+type Paint = (rowcache::EnumLabel, rust_decimal::Decimal, chrono::NaiveDate);
+
 const AGAIN: &str = "cannot open the LISTEN connection";
 const NOT_YET: &str = "cannot be opened yet";
 const NO_KEYS: &str = "cannot tell which rows";
@@ -261,7 +263,6 @@ pg_test! {
              select rowcache.track('public.paints')",
         )
         .await;
-        type Paint = (rowcache::EnumLabel, rust_decimal::Decimal, chrono::NaiveDate);
         let paints: Table<Paint, User> = node(&db).await.table("public.paints").await.expect("opens");
         let query = "select color, number, day from public.paints";
         let progress = paints.warm_up(WarmUp::query(query)).finished().await;
