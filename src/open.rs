@@ -154,15 +154,20 @@ pub(crate) struct Cache<K: Key, V: Send + Sync + 'static> {
 }
 
 impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
-    fn new(options: &TableOptions, shared: &Shared, limits: Limits) -> Result<Self> {
-        let config = &shared.config;
-        let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
-        let store = Store::<K, V>::new(options.bounds(), limits, None);
-        let store = store.audited(options.audit > 0).weighed(options.weigh()?).not_found_max(options.not_found_max);
-        let store = store.expiring(options.expiry()?).reloading(reload).breaking(options.breaker);
-        let store = store.journaling(options.history, config.events_max);
-        let tasks = Tasks { due, refill: options.refill, audit: options.audit };
-        Ok(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
+    /// The one of this name, made if there is none yet, for these types.
+    fn of(node: &Node, name: &str, options: &TableOptions, limits: Limits) -> Result<Arc<Self>> {
+        let (weigh, expiry) = (options.weigh()?, options.expiry()?);
+        let events_max = node.handle.shared.config.events_max;
+        let make = || {
+            let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
+            let store = Store::<K, V>::new(options.bounds(), limits, None);
+            let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
+            let store = store.expiring(expiry).reloading(reload).breaking(options.breaker);
+            let store = store.journaling(options.history, events_max);
+            let tasks = Tasks { due, refill: options.refill, audit: options.audit };
+            Arc::new(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
+        };
+        Ok(node.handle.open::<K, V, _>(name, make))
     }
 }
 
@@ -235,8 +240,7 @@ impl Node {
     fn cache<K: Key, V: Send + Sync + 'static>(&self, name: &str, options: &TableOptions) -> Result<Arc<Cache<K, V>>> {
         let config = &self.handle.shared.config;
         let limits = Limits { runners_max: config.loads_max, batch_max: config.load_keys_max };
-        let cache = Cache::new(options, &self.handle.shared, limits)?;
-        Ok(self.handle.open::<K, V, _>(name, || Arc::new(cache)))
+        Cache::of(self, name, options, limits)
     }
 
     /// A cache that depends on no table, made if there is none yet of its name, for these types.
@@ -247,8 +251,7 @@ impl Node {
         source: Arc<dyn Source<K, V>>,
     ) -> Result<Table<K, V>> {
         options.check()?;
-        let cache = Cache::new(options, &self.handle.shared, CALLS)?;
-        let cache = self.handle.open::<K, V, _>(name, || Arc::new(cache));
+        let cache = Cache::of(self, name, options, CALLS)?;
         let make: MakeSource<K, V> = Box::new(|_| source);
         let source = self.opener().attach(
             &cache,
