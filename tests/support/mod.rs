@@ -2,8 +2,7 @@
 //! proxy that misbehaves on command ([`proxy`]), and a witness of everything that is logged ([`logs`]).
 //!
 //! ```text
-//! #[macro_use]
-//! mod support;
+//! use crate::support::{database, server};
 //!
 //! pg_test! {
 //!     async fn a_fresh_database_is_empty(test: Test) {
