@@ -59,6 +59,8 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
             // It was up for a while, and is lost: the next attempts start afresh.
             Ok(()) if shared.host.now() > began + shared.config.lease => pauses = self::pauses(shared),
             Ok(()) => {}
+            // The attempt ended with the node: that is no failure, and nothing is tried again.
+            Err(_) if shared.is_stopping() => return,
             Err(error) => {
                 shared.gap(Reason::ConnectionLost(full(&error)));
                 tracing::warn!(error = full(&error), "cannot open the LISTEN connection; will try again");

@@ -2,8 +2,7 @@
 //! proxy that misbehaves on command ([`proxy`]), and a witness of everything that is logged ([`logs`]).
 //!
 //! ```text
-//! #[macro_use]
-//! mod support;
+//! use crate::support::{database, server};
 //!
 //! pg_test! {
 //!     async fn a_fresh_database_is_empty(test: Test) {
@@ -27,6 +26,7 @@
 pub mod logs;
 
 use std::{
+    cell::RefCell,
     env,
     future::Future,
     io::{self, Write as _},
@@ -143,6 +143,19 @@ pub fn run<F: Future<Output = ()>>(name: &str, version: Version, body: fn(Test) 
     let finished = runtime.block_on(async { timeout(4 * PATIENCE, body(test)).await });
     assert!(finished.is_ok(), "{name} still runs after {:?}; it logged:\n{logs}", 4 * PATIENCE);
     logs.assert_nothing_unexpected();
+    // What all tests of a program would leave behind are gigabytes.
+    runtime.block_on(async {
+        for name in CREATED.take() {
+            let admin = connect(&shared_server(version).await.admin_url()).await;
+            // It goes with its server if something still needs it, such as a prepared transaction.
+            let _ = admin.batch_execute(&format!("drop database {name} with (force)")).await;
+        }
+    });
+}
+
+thread_local! {
+    /// The databases that the test of this thread has on the shared server.
+    static CREATED: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The options of a server for tests: many small connections, no waiting for the disk. Later settings win.
@@ -183,7 +196,9 @@ pub async fn shared_server(version: Version) -> &'static TempServer {
 
 /// A fresh, empty database on the shared server.
 pub async fn database(version: Version) -> TestDb {
-    database_on(shared_server(version).await, version).await
+    let database = database_on(shared_server(version).await, version).await;
+    CREATED.with_borrow_mut(|created| created.push(database.name.clone()));
+    database
 }
 
 /// A fresh, empty database on this server.
@@ -199,7 +214,7 @@ pub async fn database_on(server: &TempServer, version: Version) -> TestDb {
     TestDb { url: server.url(&name), name, version, port: server.port() }
 }
 
-/// A database for one test. It goes when its server goes.
+/// A database for one test. It goes when its test has ended well, or else with its server.
 #[derive(Clone, Debug)]
 pub struct TestDb {
     pub url: String,
