@@ -15,7 +15,7 @@ const WALL_CLOCKS: [&str; 14] = [
     "CLOCK_REALTIME",
     "Utc::",
     "Local::",
-    "OffsetDateTime",
+    "OffsetDateTime::now",
     "Timestamp::",
     "Zoned::",
     "gettimeofday",

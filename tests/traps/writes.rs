@@ -2,10 +2,10 @@
 
 use std::cell::RefCell;
 
-use rowcache::{Event, Node, Reason, Rows, Status, Table};
+use rowcache::{Event, Reason, Rows, Status, Table};
 
 use crate::{
-    fixture::{User, Users, event, hasty, migrated, name, node, users, users_db},
+    fixture::{User, Users, event, migrated, name, node, users, users_db},
     program::run,
     support::eventually,
 };
@@ -157,7 +157,7 @@ pg_test! {
             ))
             .await;
         }
-        let running = Node::start(hasty(&db.url)).await.expect("starts");
+        let running = node(&db).await;
         let mut opened: Vec<(&str, Table<i64, User>)> = Vec::new();
         for table in tables {
             let rows = running.table(table).await.expect("opens");
