@@ -70,6 +70,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         let now = Tenths::at(self.shared().host.now());
         let covered = self.shared().horizon.covered();
         let held = store.look(key).map(|(entry, is_served)| describe(&entry, is_served, now, covered));
+        let is_held = held.is_some();
         let last = store.journal.last(|event| event.ends(key));
         Explanation {
             table: self.name().to_owned(),
@@ -77,7 +78,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
             held,
             is_loading: store.is_loading(key),
             is_pinned: store.is_pinned(key),
-            tags: store.tags_of(key),
+            tags: if is_held { store.tags_of(key) } else { Vec::new() },
             status: Some(self.status()),
             last: last.map(|(at, event)| (now.since(at), event)),
             hides_key: store.hashed().is_some(),

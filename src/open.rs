@@ -365,10 +365,12 @@ impl<K: Key, V: Send + Sync + 'static> Opening<K, V> {
     async fn try_once(&self, find: impl Fn(Opener) -> Finding<K, V>) -> Result<()> {
         let limit = self.opener.shared.config.load_timeout;
         let late = |_| {
-            Err(Error::new(
-                Kind::Timeout,
-                format!("looking up {} took longer than {limit:?} (`load_timeout`)", self.name),
-            ))
+            let name = &self.name;
+            let message = match self.opener.shared.status_reason() {
+                Some(why) => format!("{name} could not be looked up within {limit:?} (`load_timeout`): {why}"),
+                None => format!("looking up {name} took longer than {limit:?} (`load_timeout`)"),
+            };
+            Err(Error::new(Kind::Timeout, message))
         };
         let found = timeout(limit, find(self.opener.clone())).await.unwrap_or_else(late)?;
         if found.name != self.name {
