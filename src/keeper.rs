@@ -41,7 +41,6 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: Option<oneshot::Sender<Resu
 async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Result<()>>>) {
     let limit = open_limit(&shared.config);
     let mut pauses = pauses(shared);
-    let mut told = String::new();
     // Outlives lines: the next one goes on reading where the last one ended.
     let mut poller = Poller::new(&shared.config);
     loop {
@@ -58,21 +57,13 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
         }
         match end {
             // It was up for a while, and is lost: the next attempts start afresh.
-            Ok(()) if shared.host.now() > began + shared.config.lease => {
-                pauses = self::pauses(shared);
-                told.clear();
-            }
-            Ok(()) => told.clear(),
+            Ok(()) if shared.host.now() > began + shared.config.lease => pauses = self::pauses(shared),
+            Ok(()) => {}
             // The attempt ended with the node: that is no failure, and nothing is tried again.
             Err(_) if shared.is_stopping() => return,
             Err(error) => {
-                let how = full(&error);
-                shared.gap(Reason::ConnectionLost(how.clone()));
-                // The same every second is not worth more than once.
-                if how != told {
-                    tracing::warn!(error = how, "cannot open the LISTEN connection; will try again");
-                    told = how;
-                }
+                shared.gap(Reason::ConnectionLost(full(&error)));
+                tracing::warn!(error = full(&error), "cannot open the LISTEN connection; will try again");
             }
         }
         tokio::time::sleep(pauses.next().unwrap_or(PAUSE_MAX)).await;
