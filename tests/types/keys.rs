@@ -268,6 +268,8 @@ pg_test! {
                  insert into public.prices values (1.5, 1)").await;
             ground.nodes[0].table("public.prices").await.expect("opens")
         };
+        // What was told of the first row is not to come later.
+        ground.nodes[0].barrier().await.expect("coherent");
         assert_eq!(read(&rows, &decimal("1.500")).await, Some(1));
         assert!(rows.peek(&decimal("1.5")).is_known(), "one key");
         ground.write("update public.prices set k = 1.50, v = 2").await;
