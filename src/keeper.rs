@@ -23,6 +23,7 @@ use crate::{
     server::Line,
     shared::Shared,
     tables::{Trust, Verified, Via},
+    throttle::Complaint,
 };
 
 use poll::Poller;
@@ -41,6 +42,7 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: Option<oneshot::Sender<Resu
 async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Result<()>>>) {
     let limit = open_limit(&shared.config);
     let mut pauses = pauses(shared);
+    let mut complaint = Complaint::default();
     // Outlives lines: the next one goes on reading where the last one ended.
     let mut poller = Poller::new(&shared.config);
     loop {
@@ -57,13 +59,22 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
         }
         match end {
             // It was up for a while, and is lost: the next attempts start afresh.
-            Ok(()) if shared.host.now() > began + shared.config.lease => pauses = self::pauses(shared),
-            Ok(()) => {}
+            Ok(()) => {
+                complaint.is_settled();
+                if shared.host.now() > began + shared.config.lease {
+                    pauses = self::pauses(shared);
+                }
+            }
             // The attempt ended with the node: that is no failure, and nothing is tried again.
             Err(_) if shared.is_stopping() => return,
             Err(error) => {
-                shared.gap(Reason::ConnectionLost(full(&error)));
-                tracing::warn!(error = full(&error), "cannot open the LISTEN connection; will try again");
+                let error = full(&error);
+                if complaint.is_news(&error, shared.host.now()) {
+                    tracing::warn!(error, "cannot open the LISTEN connection; will try again");
+                } else {
+                    tracing::debug!(error, "cannot open the LISTEN connection; will try again");
+                }
+                shared.gap(Reason::ConnectionLost(error));
             }
         }
         tokio::time::sleep(pauses.next().unwrap_or(PAUSE_MAX)).await;

@@ -114,6 +114,8 @@ mod clock;
 mod coherence;
 mod config;
 mod depends;
+#[cfg(any(feature = "test-kit", feature = "verify"))]
+mod dice;
 mod digest;
 mod error;
 mod explain;

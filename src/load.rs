@@ -62,6 +62,18 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
     }
 }
 
+/// Starts what a miss of each of these keys has to start.
+pub(crate) fn start<K: Key, V: Send + Sync + 'static>(
+    store: &Arc<Store<K, V>>,
+    source: &Arc<dyn Source<K, V>>,
+    shared: &Arc<Shared>,
+    wanted: Vec<K>,
+) {
+    for runner in store.enqueue(wanted) {
+        shared.host.spawn(Box::pin(run(runner, Arc::clone(source), Arc::clone(shared))));
+    }
+}
+
 /// What became of keys that nobody had asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead {
@@ -81,9 +93,7 @@ pub(crate) async fn ahead<K: Key, V: Send + Sync + 'static>(
 ) -> Ahead {
     let mut wanted = Vec::with_capacity(keys.len());
     let asked: Vec<_> = keys.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
-    for runner in store.enqueue(wanted) {
-        shared.host.spawn(Box::pin(run(runner, Arc::clone(source), Arc::clone(shared))));
-    }
+    start(store, source, shared, wanted);
     let mut ahead = Ahead::default();
     for asked in asked {
         let Asked::Wait(answer) = asked else {

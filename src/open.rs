@@ -39,7 +39,7 @@ use crate::{
     sync::{Mutex, lock},
     table::Table,
     tables::{Member, On},
-    throttle::Throttle,
+    throttle::{Complaint, Throttle},
 };
 
 /// What is needed to look things up. It keeps no node alive.
@@ -342,7 +342,7 @@ impl<K: Key, V: Send + Sync + 'static> Opening<K, V> {
     async fn try_on(&self, find: impl Fn(Opener) -> Finding<K, V>) {
         let name = &self.name;
         let mut pauses = keeper::pauses(&self.opener.shared);
-        let mut told = String::new();
+        let mut complaint = Complaint::default();
         loop {
             let why = match self.try_once(&find).await {
                 Ok(()) => {
@@ -353,9 +353,8 @@ impl<K: Key, V: Send + Sync + 'static> Opening<K, V> {
                 Err(why) => why,
             };
             let text = with_causes(&why);
-            if text != told {
+            if complaint.is_news(&text, self.opener.shared.host.now()) {
                 tracing::warn!(cache = name, error = text, "cannot be opened yet; will try again");
-                told = text;
             }
             self.say.send_replace(State::Failed(why));
             sleep(pauses.next().unwrap_or(keeper::PAUSE_MAX)).await;

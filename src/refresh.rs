@@ -47,9 +47,7 @@ pub(crate) async fn run<K: Key, V: Send + Sync + 'static>(
         let Some(store) = store.upgrade() else { return };
         let mut wanted = Vec::with_capacity(batch.len());
         let answers: Vec<_> = batch.iter().filter_map(|due| store.reload(due, &mut wanted)).collect();
-        for runner in store.enqueue(wanted) {
-            shared.host.spawn(Box::pin(load::run(runner, Arc::clone(&source), Arc::clone(&shared))));
-        }
+        load::start(&store, &source, &shared, wanted);
         for answer in answers {
             if answer.await.is_ok_and(|answer| answer.is_ok()) {
                 store.counters.refreshed.add(1);
@@ -69,7 +67,5 @@ pub(crate) async fn soon<K: Key, V: Send + Sync + 'static>(
     let Some(store) = store.upgrade().filter(|store| store.is_coherent()) else { return };
     let mut wanted = Vec::new();
     drop(store.ask_again(&key, Join::Running, &mut wanted));
-    for runner in store.enqueue(wanted) {
-        shared.host.spawn(Box::pin(load::run(runner, Arc::clone(&source), Arc::clone(&shared))));
-    }
+    load::start(&store, &source, &shared, wanted);
 }

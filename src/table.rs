@@ -282,11 +282,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     }
 
     pub(crate) fn start_loads(&self, wanted: Vec<K>) {
-        for runner in self.store.enqueue(wanted) {
-            let shared = Arc::clone(&self.handle.shared);
-            let host = Arc::clone(&shared.host);
-            host.spawn(Box::pin(load::run(runner, Arc::clone(&self.source), shared)));
-        }
+        load::start(&self.store, &self.source, &self.handle.shared, wanted);
     }
 
     pub(crate) async fn answer(&self, key: &K, asked: Asked<V>) -> Outcome<V> {

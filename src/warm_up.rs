@@ -30,6 +30,7 @@ use crate::{
     source::Source,
     store::Store,
     table::Table,
+    throttle::Complaint,
 };
 
 /// Which rows [`Table::warm_up`] loads, those first that are wanted most, and how often.
@@ -277,7 +278,7 @@ impl<K: Key, V: Send + Sync + 'static> Warmer<K, V> {
     /// Each once, in their order.
     async fn keys(&self, what: &WarmUp<K>) -> Option<Vec<K>> {
         let mut pauses = keeper::pauses(&self.shared);
-        let mut told = String::new();
+        let mut complaint = Complaint::default();
         let (keys, max) = loop {
             let max = what.max.unwrap_or(usize::MAX).min(self.coherent().await?.room());
             let listed = match &what.from {
@@ -291,9 +292,8 @@ impl<K: Key, V: Send + Sync + 'static> Warmer<K, V> {
             };
             let text = with_causes(&error);
             self.say.send_modify(|it| it.error = Some(text.clone()));
-            if text != told {
+            if complaint.is_news(&text, self.shared.host.now()) {
                 tracing::warn!(table = self.name, error = text, "cannot tell which rows to warm up");
-                told = text;
             }
             if !is_passing(&error) {
                 return Some(Vec::new());

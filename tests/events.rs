@@ -5,12 +5,9 @@ use std::time::Duration;
 use rowcache::{Cause, Config, Event, Freshness, Node, Table, TableEvent, TableEvents, TableOptions};
 
 use crate::{
-    fixture::{self, Users, event, hasty, migrated, name, node, users, users_db},
+    fixture::{self, KILL_LISTENERS, SESSIONS, Users, event, hasty, migrated, name, node, users, users_db},
     support::{self, TestDb, eventually, proxy::Proxy},
 };
-
-const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity
-    where datname = current_database() and application_name like 'rowcache (listener%'";
 
 async fn next(events: &mut TableEvents<i64>) -> TableEvent<i64> {
     tokio::time::timeout(support::PATIENCE, events.recv()).await.expect("it is told").expect("the node runs")
@@ -186,11 +183,7 @@ pg_test! {
 
     async fn a_secret_key_is_not_shown(test: Test) {
         let db = migrated(test.version).await;
-        db.execute(
-            "create table public.sessions (token text primary key, id bigint, name text);
-             select rowcache.track('public.sessions', hash_keys => true)",
-        )
-        .await;
+        db.execute(SESSIONS).await;
         let sessions: Table<String, fixture::User> = node(&db).await.table("public.sessions").await.expect("opens");
         let token = String::from("tok");
         sessions.get(&token).await.expect("loads");

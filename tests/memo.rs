@@ -13,14 +13,11 @@ use rowcache::{Cause, Event, Memo, Node, OnChange, TableEvent, TableOptions};
 use tokio::sync::Semaphore;
 
 use crate::{
-    fixture::{event, hasty, migrated, node},
+    fixture::{KILL_LISTENERS, event, hasty, migrated, node},
     support::eventually,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
-const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity
-    where datname = current_database() and application_name like 'rowcache (listener%'";
-
 /// A function that counts its calls, waits for a turn if there is a door, and fails if it is told to.
 #[derive(Clone, Default)]
 struct Function {

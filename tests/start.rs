@@ -1,11 +1,18 @@
 //! Starting without a database, and loading rows before anybody asks for them.
 
-use std::{collections::HashMap, fs, path::PathBuf, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    path::PathBuf,
+    time::Duration,
+};
 
 use rowcache::{Config, Event, Lookup, Node, Status, Table, TableOptions, WarmUp, cli::temp_server::Stop};
 
 use crate::{
-    fixture::{User, Users, event, hasty, migrated, name, node, users, users_db, users_server},
+    fixture::{
+        KILL_LISTENERS, SESSIONS, User, Users, event, hasty, migrated, name, node, users, users_db, users_server,
+    },
     support::{TestDb, eventually},
 };
 
@@ -14,9 +21,6 @@ type Paint = (rowcache::EnumLabel, rust_decimal::Decimal, chrono::NaiveDate);
 const AGAIN: &str = "cannot open the LISTEN connection";
 const NOT_YET: &str = "cannot be opened yet";
 const NO_KEYS: &str = "cannot tell which rows";
-
-const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity
-    where datname = current_database() and application_name like 'rowcache (listener%'";
 
 fn launch(db: &TestDb) -> Node {
     let mut config = hasty(&db.url);
@@ -46,11 +50,9 @@ pg_test! {
             test.logs.allow(what);
         }
         let (mut server, db) = users_server(test.version, &[]).await;
-        let sessions = "create table public.sessions (token text primary key, id bigint not null, name text not null);
-             insert into public.sessions values ('tok', 1, 'a');
-             select rowcache.track('public.sessions', hash_keys => true);
-             select rowcache.track('public.users', columns => '{name}')";
-        db.execute(sessions).await;
+        db.execute(SESSIONS).await;
+        db.execute("insert into public.sessions values ('tok', 1, 'a');
+                    select rowcache.track('public.users', columns => '{name}')").await;
         server.stop(Stop::Fast).await.expect("stops");
 
         let node = launch(&db);
@@ -83,6 +85,11 @@ pg_test! {
         assert!(matches!(users.try_get(&1), Lookup::Unknown));
         assert!(matches!(node.status(), Status::Bypassed { .. }));
         let early = users.ticket(&7);
+        eventually("attempts fail", async || test.logs.containing(AGAIN).len() >= 4).await;
+        let told = test.logs.alarms().into_iter().filter(|line| line.text.contains(AGAIN)).map(|line| line.text);
+        let told: Vec<_> = told.collect();
+        let different: HashSet<_> = told.iter().collect();
+        assert_eq!(told.len(), different.len(), "the same is told once: {told:?}");
 
         server.start().await.expect("starts");
         node.until_coherent().await.expect("it is there now");
@@ -275,11 +282,7 @@ pg_test! {
 
     async fn keys_that_are_secrets_are_not_dumped(test: Test) {
         let db = migrated(test.version).await;
-        db.execute(
-            "create table public.sessions (token text primary key, id bigint, name text);
-             select rowcache.track('public.sessions', hash_keys => true)",
-        )
-        .await;
+        db.execute(SESSIONS).await;
         let scratch = Scratch::new();
         let sessions: Table<String, User> = node(&db).await.table("public.sessions").await.expect("opens");
         assert!(sessions.dump(scratch.file()).await.expect_err("they are secrets").is_config());

@@ -48,10 +48,6 @@ use crate::{
 const LOST: &str = "LISTEN connection was lost";
 const AGAIN: &str = "cannot open the LISTEN connection";
 
-/// Ends every LISTEN session of this database, as an administrator or a failover would.
-const KILL_LISTENERS: &str = "select pg_terminate_backend(pid) from pg_stat_activity \
-    where datname = current_database() and application_name like '%(listener)'";
-
 /// A node that notices trouble soon, whose line goes through a proxy. The pool does not.
 async fn behind_proxy(db: &TestDb) -> (Node, Proxy) {
     let proxy = Proxy::start(db.port).await;

@@ -6,7 +6,7 @@ use std::{convert::Infallible, future::pending, sync::Arc};
 use tokio::time::{sleep, timeout};
 
 use super::{PAUSE_MAX, full, no_answer, open_limit, pauses};
-use crate::{error::Result, shared::Shared, sync::lock};
+use crate::{error::Result, shared::Shared, sync::lock, throttle::Complaint};
 
 /// Runs for as long as the first line, or whichever has taken over from it, is held.
 pub(super) async fn keep(shared: &Arc<Shared>) -> Infallible {
@@ -14,6 +14,7 @@ pub(super) async fn keep(shared: &Arc<Shared>) -> Infallible {
         return pending().await;
     }
     let mut pauses = pauses(shared);
+    let mut complaint = Complaint::default();
     let mut attached_at = None;
     loop {
         shared.spare_wanted.notified().await;
@@ -26,9 +27,15 @@ pub(super) async fn keep(shared: &Arc<Shared>) -> Infallible {
             sleep(pauses.next().unwrap_or(PAUSE_MAX)).await;
             let limit = open_limit(&shared.config);
             if let Err(error) = timeout(limit, open(shared)).await.unwrap_or_else(|_| Err(no_answer(limit))) {
-                tracing::warn!(error = full(&error), "cannot open the spare line; will try again");
+                let error = full(&error);
+                if complaint.is_news(&error, shared.host.now()) {
+                    tracing::warn!(error, "cannot open the spare line; will try again");
+                } else {
+                    tracing::debug!(error, "cannot open the spare line; will try again");
+                }
             }
         }
+        complaint.is_settled();
         attached_at = Some(shared.host.now());
     }
 }

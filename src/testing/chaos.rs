@@ -2,6 +2,8 @@
 
 use std::{ops::RangeInclusive, time::Duration};
 
+use crate::dice::Dice;
+
 /// What goes wrong, and how often: for [`Database::chaos`](super::Database::chaos). Nothing, unless it is said.
 ///
 /// Shares are from 0 to 1. All of it is drawn from the seed: in a runtime of one thread whose time is paused, the same seed makes the
@@ -135,14 +137,14 @@ impl Chaos {
         } else if is_fence && dice.chance(self.lost_fences) {
             Fate::Lost
         } else {
-            let delay = dice.between(&self.messages);
+            let delay = dice.within(&self.messages);
             Fate::Arrives { delay, twice: dice.chance(self.duplicates) }
         }
     }
 
     pub(super) fn load(&self, dice: &mut Dice) -> SlowLoad {
-        let whole = dice.between(&self.loads);
-        let before = dice.between(&(Duration::ZERO..=whole));
+        let whole = dice.within(&self.loads);
+        let before = dice.within(&(Duration::ZERO..=whole));
         SlowLoad { before, after: whole.saturating_sub(before), fails: dice.chance(self.failed_loads) }
     }
 }
@@ -173,28 +175,13 @@ pub(super) struct SlowLoad {
     pub(super) fails: bool,
 }
 
-/// Chance, from a seed: splitmix64.
-pub(super) struct Dice(u64);
-
 impl Dice {
-    pub(super) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(super) fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
     fn chance(&mut self, share: f64) -> bool {
         let drawn = u32::try_from(self.roll() >> 32).expect("32 bits are left");
         f64::from(drawn) < share * 2_f64.powi(32)
     }
 
-    fn between(&mut self, range: &RangeInclusive<Duration>) -> Duration {
+    fn within(&mut self, range: &RangeInclusive<Duration>) -> Duration {
         let span = u64::try_from(range.end().saturating_sub(*range.start()).as_nanos()).unwrap_or(u64::MAX - 1);
         *range.start() + Duration::from_nanos(self.roll() % (span + 1))
     }

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant as StdInstant};
 
 use tokio::{runtime::Handle, time::Instant};
 
-use super::chaos::Dice;
 use crate::{
     coherence::Boot,
+    dice::Dice,
     host::{Host, Task},
     sync::{Mutex, lock},
 };

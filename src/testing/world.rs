@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use uuid::Uuid;
 
 use super::{
-    chaos::{Chaos, Dice, Fate, SlowLoad},
+    chaos::{Chaos, Fate, SlowLoad},
     hold::Hold,
     line::{Sent, Wire},
     registry::Registry,
@@ -17,6 +17,7 @@ use super::{
 use crate::{
     change::{Change, Rows},
     coherence::{Fence, Incarnation},
+    dice::Dice,
     error::{Error, Kind, Result},
     source::Stamp,
     sync::{Mutex, lock},

@@ -12,11 +12,11 @@ use rowcache::{Config, Event, Fallback, Freshness, Node, Stats, Status, Table, T
 use sqlx::{FromRow, postgres::PgRow};
 
 use super::{
-    AGAIN, KILL_LISTENERS, LOST,
+    AGAIN, LOST,
     slow::{setup, slow_name, spawn_get, stop_at},
 };
 use crate::{
-    fixture::{Users, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
+    fixture::{KILL_LISTENERS, Users, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
     support::{Test, eventually},
 };
 

@@ -2,9 +2,9 @@
 
 use rowcache::{Event, Lookup, Reason, Status, cli::temp_server::Stop};
 
-use super::{AGAIN, KILL_LISTENERS, LOST, behind_proxy};
+use super::{AGAIN, LOST, behind_proxy};
 use crate::{
-    fixture::{event, gap_and_recovery, name, node, users, users_db, users_server},
+    fixture::{KILL_LISTENERS, event, gap_and_recovery, name, node, users, users_db, users_server},
     support::{
         eventually,
         proxy::{Close, Direction, Flow},

@@ -3,12 +3,11 @@
 use rowcache::{Lookup, Node};
 
 use super::{
-    KILL_LISTENERS, LOST,
+    LOST,
     slow::{Slows, setup, slow_name, spawn_get, stop_at},
 };
 use crate::{
-    fixture,
-    fixture::gap_and_recovery,
+    fixture::{self, KILL_LISTENERS, gap_and_recovery},
     support::{TestDb, eventually},
 };
 

@@ -156,6 +156,15 @@ impl Catcher {
         if main.contains(&format!("\nmod {file};\n")) { ("it", format!("{file}::")) } else { (file, String::new()) }
     }
 
+    /// `tests/main.rs` with this file alone, if it has it: the whole of it takes minutes to compile, and each mutant would pay them.
+    fn alone(self) -> Option<String> {
+        let Self::Test(file, _) = self else { return None };
+        let main = fs::read_to_string("tests/main.rs").ok()?;
+        let (before, modules) = main.split_once("\nmod program;\n")?;
+        let wanted = modules.lines().find(|line| *line == format!("mod {file};"))?;
+        Some(format!("{before}\nmod program;\n{wanted}\n"))
+    }
+
     /// All tests of a program, if it is one of those with tests on real Postgres: [`Tree::run`] says which of them.
     fn running(self) -> Vec<&'static str> {
         match self {
@@ -232,6 +241,9 @@ impl Tree {
     }
 
     fn build(&self, catcher: Catcher) -> Result<()> {
+        if let Some(main) = catcher.alone() {
+            self.write("tests/main.rs", main.as_bytes())?;
+        }
         let built = self.cargo(&catcher.building(), catcher).output().context("cargo is needed")?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         Ok(())
