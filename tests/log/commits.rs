@@ -207,10 +207,11 @@ pg_test! {
         };
         tokio::join!(write, read(&nodes[0].1), read(&nodes[1].1));
         // Once something else has been logged, memory answers.
+        db.execute("create table public.other (id int)").await;
         for (node, users) in &nodes {
             users.snapshot(&[1, 2]).await.expect("reads");
             users.get_many(&[1, 2]).await.expect("reads");
-            db.execute("create table if not exists public.other (id int)").await;
+            db.execute("insert into public.other values (1)").await;
             node.barrier().await.expect("coherent");
             let before = users.stats();
             users.snapshot(&[1, 2]).await.expect("reads");

@@ -1,9 +1,8 @@
 //! The price of a hit, in instructions, beside a bare `quick_cache` `get` in the same binary.
 //!
-//! `cargo bench --features cli --bench hit_instructions` starts a throw-away Postgres, fills a real table cache
-//! and a bare `quick_cache` with the same keys, and runs the same reads of each under callgrind, which counts
-//! the same instructions every time, whatever else the machine does. It fails when a budget is exceeded.
-//! Needs valgrind.
+//! Starts a throw-away Postgres, fills a real table cache and a bare `quick_cache` with the same keys, and runs the same reads of
+//! each under callgrind, which counts the same instructions every time, whatever else the machine does. It fails when a budget is
+//! exceeded. Needs valgrind.
 
 use std::{
     future::Future,
@@ -37,15 +36,29 @@ struct User {
     name: String,
 }
 
-fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    runtime.block_on(async {
-        match (arguments.next(), arguments.next()) {
-            (Some(variant), Some(url)) => run(&variant, &url).await,
-            _ => gate().await,
-        }
-    })
+pub(crate) const NAME: &str = "instructions";
+
+/// `rowcache-verify instructions`.
+pub(crate) fn command() -> clap::Command {
+    clap::Command::new(NAME)
+        .about(
+            "Counts the instructions of a hit, beside those of a bare quick_cache, and fails when they exceed a budget",
+        )
+        .after_help("It starts a throw-away Postgres, and needs valgrind. The numbers are those of a release build.")
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// What is run under callgrind, and the database of it.
+    #[arg(hide = true, num_args = 2)]
+    one: Vec<String>,
+}
+
+pub(crate) async fn count(options: &Options) -> ExitCode {
+    match &options.one[..] {
+        [variant, url] => run(variant, url).await,
+        _ => gate().await,
+    }
 }
 
 /// Runs each variant under callgrind and compares.
@@ -53,30 +66,30 @@ async fn gate() -> ExitCode {
     let server = TempServer::options().setting("fsync", "off").start().await.expect("a throw-away Postgres");
     let url = server.url("postgres");
     fill(&url).await;
-    let bare = count("bare", &url);
+    let bare = instructions("bare", &url);
     println!("{:<28} {bare:>6.1} instructions per read", "bare quick_cache get");
     let mut exceeded = false;
     for (variant, budget) in BUDGETS {
-        let ours = count(variant, &url);
+        let ours = instructions(variant, &url);
         let ratio = ours / bare;
         exceeded |= ratio > budget;
         let verdict = if ratio > budget { "EXCEEDED" } else { "ok" };
         println!("Table::{variant:<21} {ours:>6.1} instructions per read: {ratio:.2}x, budget {budget}x, {verdict}");
     }
     for variant in OPTIONS {
-        let ours = count(variant, &url);
+        let ours = instructions(variant, &url);
         println!("Table::get, {variant:<16} {ours:>6.1} instructions per read: {:.2}x", ours / bare);
     }
     if exceeded { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 /// Instructions per read of one variant: those that are executed inside of the function `measured_…`.
-fn count(variant: &str, url: &str) -> f64 {
+fn instructions(variant: &str, url: &str) -> f64 {
     let program = std::env::current_exe().expect("this program has a path");
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=*measured_*"])
         .arg(program)
-        .args([variant, url])
+        .args([NAME, variant, url])
         .output()
         .expect("valgrind is installed");
     let report = String::from_utf8_lossy(&output.stderr);
