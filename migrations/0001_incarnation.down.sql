@@ -27,8 +27,20 @@ begin
   loop
     execute pg_catalog.format('drop function %s', object.function);
   end loop;
+
+  for object in
+    select c.oid::regclass as relation
+    from pg_catalog.pg_class c
+    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = 'rowcache' and c.relkind = 'r' and c.relname like 'shared\_%'
+  loop
+    execute pg_catalog.format('drop table %s', object.relation);
+  end loop;
 end
 $$;
+
+drop function if exists rowcache.unshare(text);
+drop function if exists rowcache.share(text, text[], boolean);
 
 drop view if exists rowcache.standby_stamp;
 drop function if exists rowcache.trim_log(xid8);

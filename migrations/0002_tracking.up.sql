@@ -708,7 +708,10 @@ begin
     raise exception '% is a temporary table, which cannot be tracked', shown
       using errcode = 'wrong_object_type', hint = 'Only its own session sees it. Use a permanent table.';
   end if;
-  if relation::oid < 16384 or class.relnamespace in ('pg_catalog'::regnamespace, 'rowcache'::regnamespace) then
+  if relation::oid < 16384 or class.relnamespace = 'pg_catalog'::regnamespace
+    -- Those that share() makes hold values of services.
+    or class.relnamespace = 'rowcache'::regnamespace and class.relname not like 'shared\_%'
+  then
     raise exception '% is a system table, which cannot be tracked', shown
       using errcode = 'wrong_object_type', hint = 'Track a table of your own.';
   end if;

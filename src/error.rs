@@ -40,6 +40,7 @@ pub(crate) enum Kind {
     Timeout,
     Token,
     Unavailable,
+    Value,
 }
 
 impl Error {
@@ -74,10 +75,16 @@ impl Error {
         self.0.kind == Kind::Decode
     }
 
-    /// The loader of a view failed, or panicked. The source is what it returned.
+    /// The loader of a view failed, or the producer of a value; or it panicked. The source is what it returned.
     #[must_use]
     pub fn is_loader(&self) -> bool {
         self.0.kind == Kind::Loader
+    }
+
+    /// A value cannot be shared: it cannot be encoded, or is too large.
+    #[must_use]
+    pub fn is_value(&self) -> bool {
+        self.0.kind == Kind::Value
     }
 
     /// Whether this says nothing of the row, and another try may succeed.

@@ -193,8 +193,9 @@ impl Node {
                 let tracked = opener.tracked::<K>(&name).await?;
                 let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
                 let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
-                let source: MakeSource<K, V> =
-                    Box::new(move |keeps| Arc::new(Rows::<K, V>::new(opener.access(&options), &tracked, &[], keeps)));
+                let source: MakeSource<K, V> = Box::new(move |keeps| {
+                    Arc::new(Rows::<K, V>::new(opener.access(&options), &tracked, &tracked.name, &[], keeps))
+                });
                 Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
             })
         })
@@ -248,7 +249,7 @@ impl Node {
         options: TableOptions,
     ) -> Result<Table<K, V>> {
         self.open_by(name, columns, "", options, |access, tracked, _, keeps| {
-            Arc::new(Rows::<K, V>::new(access, tracked, &[], keeps))
+            Arc::new(Rows::<K, V>::new(access, tracked, &tracked.name, &[], keeps))
         })
         .await
     }
@@ -275,7 +276,7 @@ impl Node {
     ) -> Result<Table<K, Vec<V>>> {
         options.check_unaudited()?;
         self.open_by(name, columns, "[]", options, |access, tracked, order, keeps| {
-            Arc::new(Rows::<K, Vec<V>, List>::new(access, tracked, order, keeps))
+            Arc::new(Rows::<K, Vec<V>, List>::new(access, tracked, &tracked.name, order, keeps))
         })
         .await
     }

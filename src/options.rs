@@ -334,6 +334,20 @@ impl TableOptions {
         Err(Error::new(Kind::Config, message))
     }
 
+    /// Fails if shared values are to be held in a way that is not for them.
+    pub(crate) fn check_shared(&self) -> Result<()> {
+        let (audit, idle) = (self.audit > 0, self.idle.is_some());
+        let others = [("audit", audit), ("lifetime", self.lifetime.is_some()), ("weigher", self.weigher.is_some())];
+        if let Some((name, _)) = others.iter().find(|(_, is_set)| *is_set) {
+            return Err(Error::new(Kind::Config, format!("`{name}` is not for shared values")));
+        }
+        if idle {
+            let message = "how long shared values may be unused is said with `Share::idle`, for all nodes";
+            return Err(Error::new(Kind::Config, message));
+        }
+        Ok(())
+    }
+
     /// Fails if entries of which no bytes are received are to be weighed by them.
     pub(crate) fn check_weighed(&self) -> Result<()> {
         if self.bytes.is_none() || self.weigher.is_some() {

@@ -130,13 +130,13 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         Ok((done, self.commit(key, transaction).await?))
     }
 
-    async fn begin(&self) -> Result<Transaction> {
+    pub(crate) async fn begin(&self) -> Result<Transaction> {
         self.opened().await?;
         let none = || Error::new(Kind::Config, format!("{} has no pool to write by", self.name()));
         Transaction::begin(self.handle(), self.writes.as_ref().ok_or_else(none)?).await
     }
 
-    async fn commit(&self, key: &K, mut transaction: Transaction) -> Result<Token> {
+    pub(crate) async fn commit(&self, key: &K, mut transaction: Transaction) -> Result<Token> {
         transaction.invalidates(self, key);
         let token = transaction.commit().await?;
         // Not the handle: a node lives no longer for this.

@@ -86,6 +86,21 @@ pg_test! {
         assert_eq!(both().await, ["Grace ordered []", "Bob ordered [120]"]);
     }
 
+    async fn permissions_are_computed_by_one_process_and_printed_by_both(test: Test) {
+        let db = fixture::migrated(test.version).await;
+        let environment = [("DATABASE_URL", db.url.as_str())];
+        let mut first = Example::start("permissions", &environment);
+        assert_eq!(first.line().await, "computed the permissions of 42");
+        let computed = first.line().await;
+        assert!(computed.starts_with("42 may read and write, says "), "{computed}");
+        let mut second = Example::start("permissions", &environment);
+        assert_eq!(second.line().await, computed, "the other one's");
+        db.execute("update rowcache.shared_permissions set value = '{\"may\": [\"nothing\"], \"computed_by\": 0}' where key = 42").await;
+        for example in [&mut first, &mut second] {
+            assert_eq!(example.line().await, "42 may nothing, says 0");
+        }
+    }
+
     async fn authenticated_service_refuses_a_disabled_account(test: Test) {
         let db = db(test.version, "create table accounts (id bigint primary key, name text not null, active boolean not null);
              insert into accounts values (1, 'Ada', true); select rowcache.track('public.accounts')").await;

@@ -32,6 +32,7 @@ mod pooler;
 mod proxy;
 mod read_through;
 mod redundant;
+mod shared_values;
 mod start;
 mod tags;
 mod temp_server;

@@ -12,6 +12,7 @@ pub(crate) mod line;
 pub mod migrate;
 pub(crate) mod rows;
 pub(crate) mod server;
+pub(crate) mod values;
 
 use sqlx::postgres::PgDatabaseError;
 

@@ -73,12 +73,12 @@ struct Sql {
 const STAMP_COLUMNS: usize = 4;
 
 impl<K: Key, V, S> Rows<K, V, S> {
-    /// With `order`, columns by which the rows of a key are ordered.
-    pub(crate) fn new(access: Access, table: &TrackedTable, order: &[String], keeps: Keeps) -> Self {
+    /// What is read is `from`: the name of the table, or a query of it. With `order`, columns by which the rows of a key are ordered.
+    pub(crate) fn new(access: Access, table: &TrackedTable, from: &str, order: &[String], keeps: Keeps) -> Self {
         Self {
             table: table.name.clone(),
-            sql: Sql::new::<K>(table, order, stamp_view(false)),
-            sql_on_standby: Sql::new::<K>(table, order, stamp_view(true)),
+            sql: Sql::new::<K>(table, from, order, stamp_view(false)),
+            sql_on_standby: Sql::new::<K>(table, from, order, stamp_view(true)),
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
             keeps,
@@ -192,7 +192,7 @@ impl<T> Shape<Vec<T>> for List {
 }
 
 impl Sql {
-    fn new<K: Key>(table: &TrackedTable, order: &[String], stamp: &str) -> Self {
+    fn new<K: Key>(table: &TrackedTable, from: &str, order: &[String], stamp: &str) -> Self {
         let names: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
         let types = K::types();
         let columns: Vec<KeyColumn<'_>> =
@@ -206,26 +206,25 @@ impl Sql {
             "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
              s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from {stamp} s left join "
         );
-        let name = &table.name;
         let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| column.is(n + 1)).collect();
         let order: Vec<String> = order.iter().map(|column| format!("t.{}", quote(column))).collect();
         let order = if order.is_empty() { String::new() } else { format!(" order by {}", order.join(", ")) };
-        let one = format!("{select}{name} t on {}{order}", equal.join(" and "));
+        let one = format!("{select}{from} t on {}{order}", equal.join(" and "));
         let many = if let [column] = &columns[..] {
-            format!("{select}{name} t on {}{order}", column.is_one_of(1))
+            format!("{select}{from} t on {}{order}", column.is_one_of(1))
         } else {
             let arrays: Vec<_> = columns.iter().enumerate().map(|(n, column)| column.elements(n + 1)).collect();
             let names: Vec<_> = (0..columns.len()).map(|n| format!("k{n}")).collect();
             let equal: Vec<_> =
                 columns.iter().enumerate().map(|(n, column)| column.is_element(&format!("k.k{n}"))).collect();
             format!(
-                "{select}(unnest({}) as k({}) join {name} t on {}) on true{order}",
+                "{select}(unnest({}) as k({}) join {from} t on {}) on true{order}",
                 arrays.join(", "),
                 names.join(", "),
                 equal.join(" and ")
             )
         };
-        let locked = format!("select t.*{keys} from {name} t where {} for update", equal.join(" and "));
+        let locked = format!("select t.*{keys} from {from} t where {} for update", equal.join(" and "));
         Self { one, many, locked }
     }
 }

@@ -94,6 +94,10 @@ impl<V> Cached<V> {
         entry.value.is_some().then_some(Self(entry))
     }
 
+    pub(super) fn entry(&self) -> &Entry<V> {
+        &self.0
+    }
+
     /// A row that no cache holds.
     pub(crate) fn loaded(value: Option<V>) -> Option<Self> {
         Self::new(Arc::new(Entry::new(Word::default(), 0, value)))

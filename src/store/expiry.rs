@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Due, Entry, Key, Reload, Rescue, Store, TableEvent, discard};
+use super::{Cached, Due, Entry, Key, Reload, Rescue, Store, TableEvent, discard};
 use crate::{digest::Tenths, sync::Arc};
 
 /// How long the entries of one table live.
@@ -108,6 +108,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     pub(crate) fn expiring(mut self, expiry: Expiry<V>) -> Self {
         self.expiry = expiry;
         self
+    }
+
+    /// How long ago its load started.
+    pub(crate) fn age_of(&self, cached: &Cached<V>) -> Duration {
+        self.gate.now().since(cached.entry().at)
     }
 
     pub(super) fn has_expired(&self, entry: &Entry<V>) -> bool {
