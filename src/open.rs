@@ -20,6 +20,7 @@ use tokio::{
 
 use crate::{
     audit::{self, Auditor},
+    digest::Tenths,
     error::{Error, Kind, Result, with_causes},
     hashed::Hashed,
     keeper,
@@ -137,6 +138,8 @@ impl Opener {
         if is_tagged {
             store.tag();
         }
+        // What happens before the clock ticks for the first time happens now, too.
+        member.tick(Tenths::at(shared.host.now()));
         shared.tables.add_on(&name, on, &member);
         drop(unattached);
         // It may be the first one for which the log is polled between fences.

@@ -164,6 +164,13 @@ pg_test! {
         let unknown = users.explain(&1);
         assert!(unknown.held.is_none() && unknown.last.is_none(), "{unknown:?}");
         assert_eq!(unknown.to_string(), "public.users 1 is not held: nobody asked for it, or that is too long ago");
+        // At once: the clock thread has not told the table the time yet.
+        let views = node.list_by::<i64, fixture::User>("public.users", ["id"], TableOptions::default()).await.expect("opens");
+        node.set_caching(false);
+        node.set_caching(true);
+        let (age, _) = views.explain(&1).last.expect("all was forgotten");
+        assert!(age < Duration::from_mins(1), "{age:?} ago");
+        node.until_coherent().await.expect("coherent");
         for id in [1, 99] {
             name(&users, id).await;
         }
