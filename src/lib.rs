@@ -189,7 +189,7 @@ pub use tags::{Tag, Tagged};
 pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;
-pub use values::{Codec, Json, Raw, Share, SharedStats, SharedValue, SharedValues};
+pub use values::{Codec, Json, Raw, Share, SharedMemo, SharedStats, SharedValue, SharedValues};
 pub use view::View;
 pub use warm_up::{WarmUp, WarmUpProgress, WarmingUp};
 pub use write::{Ticket, Work};

@@ -283,6 +283,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         self.entries.peek(key).filter(|entry| entry.word == self.gate.word() && !self.has_expired(entry))
     }
 
+    /// All that [`peek`](Self::peek) would return.
+    pub(crate) fn served(&self) -> impl Iterator<Item = (K, Arc<Entry<V>>)> {
+        self.entries.iter().filter(|(_, entry)| entry.word == self.gate.word() && !self.has_expired(entry))
+    }
+
     /// What is held of `key`, and whether it would be served. No trace.
     pub(crate) fn look(&self, key: &K) -> Option<(Arc<Entry<V>>, bool)> {
         let entry = self.entries.peek(key)?;

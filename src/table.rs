@@ -158,6 +158,18 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         Lookup::of(self.store.peek(key))
     }
 
+    /// The rows that this node holds, in no order: each as [`peek`](Self::peek) would have returned it when the iterator came to it. What is loaded
+    /// or forgotten meanwhile may be there or not. Locks nothing for longer than a look, and leaves no trace.
+    ///
+    /// ```no_run
+    /// # fn example(users: rowcache::Table<i64, (i64, String)>) {
+    /// let longest = users.entries().map(|(_, user)| user.1.len()).max();
+    /// # }
+    /// ```
+    pub fn entries(&self) -> impl Iterator<Item = (K, Cached<V>)> {
+        self.store.served().filter_map(|(key, entry)| Some((key, Cached::new(entry)?)))
+    }
+
     /// Forgets a row: on this node before the first await, on all nodes by notification. For changes that
     /// triggers cannot see; those that they see need no help. Views that depend on the table by other columns than its key forget
     /// everything: nobody knows which of their entries the row is in.

@@ -294,6 +294,25 @@ pg_test! {
         .await;
         node.shutdown().await;
     }
+
+    async fn what_is_held_can_be_gone_through(test: Test) {
+        let db = users_db(test.version).await;
+        let node = node(&db).await;
+        let users = users(&node).await;
+        let held = || {
+            let mut held: Vec<_> = users.entries().map(|(id, user)| (id, user.name.clone())).collect();
+            held.sort();
+            held
+        };
+        assert_eq!(held(), []);
+        users.get_many(&[1, 2, 3, 99]).await.expect("loads");
+        assert_eq!(held(), [(1, "user 1".into()), (2, "user 2".into()), (3, "user 3".into())], "and no absent ones");
+        db.execute("update users set name = 'changed' where id = 2").await;
+        node.barrier().await.expect("coherent");
+        assert_eq!(held(), [(1, "user 1".into()), (3, "user 3".into())]);
+        node.set_caching(false);
+        assert_eq!(held(), [], "nothing is served");
+    }
 }
 
 /// A row whose key's type does not matter.

@@ -384,6 +384,32 @@ pg_test! {
         assert_eq!((held(&here, 2).await, held(&there, 2).await), (None, None));
     }
 
+    async fn a_function_is_called_on_one_node_for_all(test: Test) {
+        let db = migrated(test.version).await;
+        let nodes = nodes(&db, 3).await;
+        let calls = Arc::new(AtomicU32::new(0));
+        let mut asked = Vec::new();
+        for node in &nodes {
+            let doubles = node.shared::<i64, i64>("doubles").open().await.expect("opens");
+            let calls = Arc::clone(&calls);
+            let doubles = doubles.memo(move |n| {
+                calls.fetch_add(1, Ordering::SeqCst);
+                async move { i64::checked_mul(n, 2).ok_or("too large") }
+            });
+            asked.extend((0..10).map(|_| tokio::spawn({
+                let doubles = doubles.clone();
+                async move { doubles.get(&21).await.map(|double| *double) }
+            })));
+            let error = doubles.get(&i64::MAX).await.expect_err("too large");
+            assert!(error.is_loader(), "{error}");
+            assert!(doubles.values().get(&i64::MAX).await.expect("loads").is_none());
+        }
+        for answer in asked {
+            assert_eq!(answer.await.expect("no panic").expect("computed"), 42);
+        }
+        assert_eq!(calls.load(Ordering::SeqCst), 1 + 3, "once, and each time that it failed");
+    }
+
     async fn numbers_are_added_to_by_all_nodes(test: Test) {
         let db = migrated(test.version).await;
         let nodes = nodes(&db, 4).await;

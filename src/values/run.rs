@@ -76,7 +76,10 @@ impl<V, C> Clone for Ended<V, C> {
 type Joined<V, C> = watch::Receiver<Option<Ended<V, C>>>;
 
 /// The runs of one node that can be joined, by key.
-pub(super) struct Runs<K, V, C>(Mutex<HashMap<K, (Uuid, Joined<V, C>)>>);
+pub(super) struct Runs<K, V, C>(Mutex<ByKey<K, V, C>>);
+
+/// With the id of each.
+type ByKey<K, V, C> = HashMap<K, (Uuid, Joined<V, C>)>;
 
 impl<K, V, C> Default for Runs<K, V, C> {
     fn default() -> Self {

@@ -416,7 +416,7 @@ pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "shared-lives",
         protection: "a shared value is held no longer than it lives",
-        file: "src/values.rs",
+        file: "src/values/share.rs",
         text: "stored.lives.filter(|lives| ttl.is_none_or(|ttl| *lives < ttl))",
         instead: "stored.lives.filter(|_| false && ttl.is_none())",
         catchers: &[Test("shared_values", "values_expire")],
