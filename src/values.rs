@@ -42,7 +42,7 @@ use crate::{
     token::Token,
 };
 
-/// Values that are shared by all nodes of a database, by key: made by [`Node::shared`]. Cheap to clone.
+/// Values that are shared by all nodes of a database, by key: made by [`Node::shared`](crate::Node::shared). Cheap to clone.
 ///
 /// Reads are those of a [`Table`], with the same promise: from memory, and once this node has applied the notification of a
 /// change, nothing from before it.
@@ -270,7 +270,7 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> SharedValues<K, V, C
     ///
     /// # Errors
     ///
-    /// Those of [`Node::begin`] and [`Transaction::commit`](crate::Transaction::commit).
+    /// Those of [`Node::begin`](crate::Node::begin) and [`Transaction::commit`](crate::Transaction::commit).
     ///
     /// # Cancel safety
     ///

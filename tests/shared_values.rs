@@ -76,6 +76,19 @@ impl Producer {
     }
 }
 
+/// A codec that panics.
+struct Bad;
+
+impl Codec<u8> for Bad {
+    fn encode(_: &u8) -> Result<Vec<u8>, rowcache::BoxError> {
+        Ok(vec![1])
+    }
+
+    fn decode(_: &[u8]) -> Result<u8, rowcache::BoxError> {
+        panic!("no")
+    }
+}
+
 fn of_call(n: u32) -> Vec<String> {
     vec![format!("of call {n}")]
 }
@@ -215,7 +228,7 @@ pg_test! {
         assert_eq!(held(&permissions, 1).await, None);
         let panics = permissions.get_or_store(&1, || async { panic!("ouch") }).await.expect_err("it panicked");
         assert!(panics.is_loader() && panics.to_string().contains("ouch"), "{panics}");
-        let hangs = permissions.get_or_store(&1, || std::future::pending()).await.expect_err("it hangs");
+        let hangs = permissions.get_or_store(&1, std::future::pending).await.expect_err("it hangs");
         assert!(hangs.is_timeout() && hangs.to_string().contains("`produce_timeout`"), "{hangs}");
         // The lease was given back each time.
         let began = Instant::now();
@@ -322,15 +335,6 @@ pg_test! {
         }
         assert!(permissions.stats().unreadable >= 3);
         // A codec that panics is one that cannot.
-        struct Bad;
-        impl Codec<u8> for Bad {
-            fn encode(_: &u8) -> Result<Vec<u8>, rowcache::BoxError> {
-                Ok(vec![1])
-            }
-            fn decode(_: &[u8]) -> Result<u8, rowcache::BoxError> {
-                panic!("no")
-            }
-        }
         let bad = node.shared::<i64, u8>("bad").codec::<Bad>().open().await.expect("opens");
         assert_eq!(*bad.get_or_store(&1, || async { 5 }).await.expect("computed"), 5);
         assert!(bad.get(&1).await.expect("loads").is_none());

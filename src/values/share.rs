@@ -149,7 +149,7 @@ impl<'n, K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Share<'n, K, V, 
     /// * [`is_config`](Error::is_config): an option cannot be used, or the name;
     /// * [`is_refused`](Error::is_refused): the table is not there, and this role may not make it;
     /// * [`is_table`](Error::is_table): it has a key of another type, or is logged, or is not;
-    /// * those of a statement, as of [`Table::get`].
+    /// * those of a statement, as of [`Table::get`](crate::Table::get).
     ///
     /// # Cancel safety
     ///
