@@ -450,6 +450,8 @@ pg_test! {
         let nodes = nodes(&db, 2).await;
         let [here, there] = [open(&nodes[0]).await, share(&nodes[1]).eager().open().await.expect("opens")];
         here.put(&1, &of_call(1)).await.expect("stores");
+        // What was told of this is not to come later.
+        nodes[1].barrier().await.expect("coherent");
         for _ in 0..2 {
             assert_eq!(held(&there, 1).await, Some(of_call(1)));
         }
