@@ -304,7 +304,7 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> SharedValues<K, V, C
         sweep(statements, writes, &common.counters).await
     }
 
-    /// The table that holds them: for [`get_with`](Table::get_with), [`explain`](Table::explain), and statistics of its entries.
+    /// The name of their table: `rowcache.shared_` and the name that they were given.
     #[must_use]
     pub fn name(&self) -> &str {
         self.core.table.name()

@@ -80,7 +80,8 @@ impl Producer {
 struct Bad;
 
 impl Codec<u8> for Bad {
-    fn encode(_: &u8) -> Result<Vec<u8>, rowcache::BoxError> {
+    fn encode(value: &u8) -> Result<Vec<u8>, rowcache::BoxError> {
+        assert_ne!(*value, 9, "not this one");
         Ok(vec![1])
     }
 
@@ -339,6 +340,11 @@ pg_test! {
         assert_eq!(*bad.get_or_store(&1, || async { 5 }).await.expect("computed"), 5);
         assert!(bad.get(&1).await.expect("loads").is_none());
         assert_eq!(*bad.get_or_store(&1, || async { 6 }).await.expect("computed"), 6);
+        for error in [bad.get_or_store(&2, || async { 9 }).await.expect_err("no bytes"), bad.put(&2, &9).await.expect_err("no bytes")] {
+            assert!(error.is_value() && error.to_string().contains("not this one"), "{error}");
+        }
+        let leases: i64 = db.client().await.query_one("select count(*) from rowcache.shared_bad where lease is not null", &[]).await.expect("counts").get(0);
+        assert_eq!(leases, 0, "given back");
     }
 
     async fn values_expire_and_are_swept(test: Test) {

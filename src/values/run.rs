@@ -20,7 +20,7 @@
 use std::{
     collections::HashMap,
     future::Future,
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     sync::{Arc, Weak},
     time::Duration,
@@ -309,8 +309,14 @@ pub(super) fn encode<K: Key, V, C: Codec<V>>(
     bytes_max: usize,
 ) -> Result<Vec<u8>> {
     let of = || statements.of(key);
-    let bytes = C::encode(value)
-        .map_err(|error| Error::with(Kind::Value, format!("{} cannot be encoded, and is not stored", of()), error))?;
+    let cannot = || format!("{} cannot be encoded, and is not stored", of());
+    let bytes = match catch_unwind(AssertUnwindSafe(|| C::encode(value))) {
+        Ok(encoded) => encoded.map_err(|error| Error::with(Kind::Value, cannot(), error))?,
+        Err(panic) => {
+            let why = panic_message(&*panic);
+            return Err(Error::new(Kind::Value, format!("{}: its codec panicked: {why}", cannot())));
+        }
+    };
     if bytes.len() > bytes_max {
         let length = bytes.len();
         let message =
