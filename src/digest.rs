@@ -50,6 +50,11 @@ impl Tenths {
         Self(self.0.saturating_add(u32::try_from(time.as_millis() / 100).unwrap_or(u32::MAX)))
     }
 
+    /// So much earlier.
+    pub(crate) fn minus(self, time: Duration) -> Self {
+        Self(self.0.saturating_sub(u32::try_from(time.as_millis() / 100).unwrap_or(u32::MAX)))
+    }
+
     pub(crate) fn since(self, before: Self) -> Duration {
         Duration::from_millis(100 * u64::from(self.0.saturating_sub(before.0)))
     }

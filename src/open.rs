@@ -162,7 +162,7 @@ impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
         let (weigh, expiry) = (options.weigh()?, options.expiry()?);
         let events_max = node.handle.shared.config.events_max;
         let make = || {
-            let (reload, due) = Reload::new(options.refresh_ahead, options.on_change == OnChange::Refresh).unzip();
+            let (reload, due) = Reload::new(options.early(), options.on_change == OnChange::Refresh).unzip();
             let store = Store::<K, V>::new(options.bounds(), limits, None);
             let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
             let store = store.expiring(expiry).reloading(reload).breaking(options.breaker);

@@ -603,7 +603,7 @@ use expiry::Life;
 pub(crate) use expiry::{Expiry, Lifetime};
 pub(crate) use held::Bounds;
 use held::{Held, Removed};
-pub(crate) use reload::{Due, Reload};
+pub(crate) use reload::{Due, Early, Reload};
 pub(crate) use rescue::Rescue;
 pub(crate) use runner::{Origin, Runner};
 use sample::Sample;

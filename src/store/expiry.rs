@@ -6,6 +6,7 @@
 //! nothing here touches the promise.
 
 use std::{
+    hash::BuildHasher,
     sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Duration,
 };
@@ -36,8 +37,14 @@ impl<V> Default for Expiry<V> {
 }
 
 impl<V> Expiry<V> {
-    /// The life of an entry whose load started then. `draw` is a number from 0 up to 1.
-    pub(super) fn life<K>(&self, reload: Option<&Reload<K>>, value: Option<&V>, from: Tenths, draw: f64) -> Life {
+    /// The life of an entry whose load started then, and took so long. `draw` is a number from 0 up to 1.
+    pub(super) fn life<K>(
+        &self,
+        reload: Option<&Reload<K>>,
+        value: Option<&V>,
+        (from, took): (Tenths, Duration),
+        draw: f64,
+    ) -> Life {
         let given = value.zip(self.of.as_ref()).and_then(|(value, of)| of(value));
         let ttl = given.or_else(|| self.ttl.map(|ttl| ttl.mul_f64(1.0 - self.jitter * draw)));
         let until = match ttl {
@@ -46,8 +53,8 @@ impl<V> Expiry<V> {
             Some(Duration::ZERO) => Tenths::BOOT,
             Some(ttl) => from.plus(ttl),
         };
-        let share = reload.and_then(Reload::early);
-        let early = share.zip(ttl).map(|(share, ttl)| from.plus(ttl.mul_f64(share)));
+        let early = reload.and_then(Reload::early);
+        let early = early.zip(ttl).map(|(early, ttl)| until.minus(early.window(ttl, took)));
         let early = early.unwrap_or(Tenths::NEVER);
         // What a row says of itself is no safety net: it has ended.
         let grace = self.rescue.filter(|_| given.is_none()).map(|rescue| rescue.max);
@@ -155,7 +162,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let early = life.early.load(Relaxed);
         // While there is a gap, a load would be kept by nobody, and take away what is held.
         let reload = self.reload.as_ref().filter(|_| early <= now.get() && entry.word == self.gate.word());
-        if let Some(reload) = reload {
+        let (window, left) = (life.until.since(Tenths::new(early)), life.until.since(now));
+        if let Some(reload) = reload
+            && reload.is_drawn(window, left, |lot| self.hasher.hash_one((key, lot)))
+        {
             // Should that load fail, another one is tried after half of the time that is left.
             let again = now.get() + (life.until.get().saturating_sub(now.get()) / 2).max(1);
             if life.early.compare_exchange(early, again, Relaxed, Relaxed).is_ok() {

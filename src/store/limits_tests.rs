@@ -209,7 +209,7 @@ fn what_has_expired_is_looked_for() {
 
 #[test]
 fn what_is_used_is_read_again_before_it_expires() {
-    let (reload, mut due) = Reload::new(Some(0.8), false).expect("wanted");
+    let (reload, mut due) = Reload::new(Some(Early::Share(0.8)), false).expect("wanted");
     let mut fixture = aging(Expiry { ttl: Some(Duration::from_secs(10)), ..Expiry::default() }, Some(reload));
     fixture.hold_from_start(&[(1, Some("old")), (2, Some("unused"))]);
     fixture.after(79);
@@ -249,6 +249,45 @@ fn what_is_used_is_read_again_before_it_expires() {
     // Nor if the gap came in between.
     let mut wanted = Vec::new();
     assert!(fixture.store.reload(&Due::Early(2), &mut wanted).is_none() && wanted.is_empty());
+}
+
+/// XFetch: with each of many entries, a hit every tenth of a second until it is read again.
+#[test]
+fn what_took_long_to_load_is_read_again_early_and_not_all_at_once() {
+    // How long before its end each entry was read again, in tenths of a second, if its load took so long.
+    let early = |beta, took: u64| {
+        let (reload, mut due) = Reload::new(Some(Early::Chance(beta)), false).expect("wanted");
+        let fixture = aging(Expiry { ttl: Some(Duration::from_secs(100)), ..Expiry::default() }, Some(reload));
+        let keys: Vec<i64> = (0..1000).collect();
+        let (_waits, mut runners) = fixture.ask(&keys);
+        runners[0].take();
+        let ended = START + Duration::from_millis(took);
+        runners[0].finish(keys.iter().map(|_| Ok(Some("slow"))), Origin { at: Tenths::at(START), ended, ..OURS });
+        let mut early = HashMap::new();
+        for tenth in 0..1000 {
+            fixture.after(tenth);
+            for key in &keys {
+                assert!(fixture.store.lookup(key).is_some(), "served until its end");
+            }
+            while let Ok(Due::Early(key)) = due.try_recv() {
+                // It is due again because that load has not come.
+                early.entry(key).or_insert(1000 - tenth);
+            }
+        }
+        let mut early: Vec<u32> = early.into_values().collect();
+        early.sort_unstable();
+        early
+    };
+    let mean = |early: &[u32]| early.iter().map(|tenths| f64::from(*tenths)).sum::<f64>() / 1000.0;
+    // A load of two seconds, and ten hits a second: that none of them is drawn becomes unlikely seven seconds before the end.
+    let slow = early(1.0, 2000);
+    assert_eq!(slow.len(), 1000, "nobody waits");
+    assert!((60.0..82.0).contains(&mean(&slow)), "{}", mean(&slow));
+    let (last, first) = (slow[0], slow[999]);
+    assert!((5..50).contains(&last) && (130..300).contains(&first), "{first} {last}");
+    let slower = early(2.0, 2000);
+    assert!(mean(&slower) > 1.8 * mean(&slow), "{} {}", mean(&slower), mean(&slow));
+    assert!(early(1.0, 0).is_empty(), "what is loaded at once needs no time");
 }
 
 /// Asked of what is held and has not been reclaimed yet.

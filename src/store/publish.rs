@@ -31,7 +31,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         // The user's code may be asked, so under no lock.
         let made = result.map(|value| {
             let weight = self.weight(key, value.as_ref(), received.bytes);
-            (weight, self.life(key, value.as_ref(), origin.at), value)
+            (weight, self.life(key, value.as_ref(), &origin), value)
         });
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
@@ -112,11 +112,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     }
 
     /// The life of an entry of this key.
-    pub(super) fn life(&self, key: &K, value: Option<&V>, from: Tenths) -> Life {
+    pub(super) fn life(&self, key: &K, value: Option<&V>, origin: &Origin) -> Life {
+        let from = origin.at;
+        let took = origin.ended.saturating_sub(from.since(Tenths::BOOT));
         // Any number will do that others do not have.
         #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
         let draw = f64::from(self.hasher.hash_one((key, from.get())) as u32) / f64::from(u32::MAX);
-        self.expiry.life(self.reload.as_ref(), value, from, draw)
+        self.expiry.life(self.reload.as_ref(), value, (from, took), draw)
     }
 
     /// What an entry weighs, in the unit of the bound that it counts against.

@@ -2,17 +2,47 @@
 //!
 //! The store says which keys; `refresh.rs` asks for them like any caller, so that nothing here touches the promise.
 
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
+
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Flight, Key, Outcome, Removed, Store};
 
 /// Which entries of a table are loaded again by themselves.
 pub(crate) struct Reload<K> {
-    /// Those that are used after this share of their life.
-    early: Option<f64>,
+    /// Those that are used and about to expire.
+    early: Option<Early>,
     /// Those that were used, and were invalidated.
     changed: bool,
     due: mpsc::UnboundedSender<Due<K>>,
+    /// How many lots were drawn.
+    draws: AtomicU64,
+}
+
+/// When an entry that is used is about to expire.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Early {
+    /// After this share of its life.
+    Share(f64),
+    /// XFetch: each use draws a lot, and the longer its load took, times this, and the nearer its end, the likelier it is
+    /// (Vattani, Chierichetti, Lowenstein: *Optimal Probabilistic Cache Stampede Prevention*, 2015).
+    Chance(f64),
+}
+
+/// The longest time that a lot can stand for, in units of the average: of 2^32 lots, one.
+const LONGEST: f64 = 22.2;
+
+impl Early {
+    /// How long before its end an entry is first looked at whose load took so long.
+    pub(super) fn window(self, life: Duration, took: Duration) -> Duration {
+        match self {
+            Self::Share(share) => life.saturating_sub(life.mul_f64(share)),
+            Self::Chance(beta) => took.mul_f64((beta * LONGEST).min(1e6)).min(life),
+        }
+    }
 }
 
 /// A key that is to be loaded again.
@@ -26,13 +56,23 @@ pub(crate) enum Due<K> {
 
 impl<K> Reload<K> {
     /// `None`: none are. Else keys come out of the second value.
-    pub(crate) fn new(early: Option<f64>, changed: bool) -> Option<(Self, mpsc::UnboundedReceiver<Due<K>>)> {
+    pub(crate) fn new(early: Option<Early>, changed: bool) -> Option<(Self, mpsc::UnboundedReceiver<Due<K>>)> {
         let (sender, due) = mpsc::unbounded_channel();
-        (early.is_some() || changed).then_some((Self { early, changed, due: sender }, due))
+        let wanted = early.is_some() || changed;
+        wanted.then_some((Self { early, changed, due: sender, draws: AtomicU64::new(0) }, due))
     }
 
-    pub(super) fn early(&self) -> Option<f64> {
+    pub(super) fn early(&self) -> Option<Early> {
         self.early
+    }
+
+    /// Whether an entry that is used now, in its window and so long before its end, is read again. `mix` makes of a number any other one.
+    pub(super) fn is_drawn(&self, window: Duration, left: Duration, mix: impl FnOnce(u64) -> u64) -> bool {
+        let Some(Early::Chance(_)) = self.early else { return true };
+        #[expect(clippy::cast_possible_truncation, reason = "any bits will do")]
+        let lot = f64::from(mix(self.draws.fetch_add(1, Relaxed)) as u32) + 1.0;
+        let before = window.mul_f64(-(lot / 2_f64.powi(32)).ln() / LONGEST);
+        left <= before
     }
 
     /// Whether it matters that an entry is used.

@@ -61,7 +61,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             self.give_ticket_back(key, drawn);
             return false;
         }
-        let (weight, life) = (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), origin.at));
+        let (weight, life) = (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), &origin));
         let entry = Entry { at: origin.at, weight, life, ..Entry::new(drawn.word, origin.stamp.lsn, value) };
         let entry = Arc::new(entry);
         let flights = self.flights(key);

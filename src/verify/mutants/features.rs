@@ -429,4 +429,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         instead: "let Some(idle) = self.idle.filter(|_| false) else { return false };",
         catchers: &[Test("shared_values", "what_any_node_uses")],
     },
+    Mutant {
+        name: "xfetch-lots",
+        protection: "entries that are read again at random are not all read as soon as they may be",
+        file: "src/store/reload.rs",
+        text: "left <= before",
+        instead: "left <= window.max(before)",
+        catchers: &[Unit("what_took_long_to_load")],
+    },
 ];

@@ -13,7 +13,7 @@ use crate::{
     host::{Host, Task},
     keeper, refill, refresh,
     shared::{Handle, Shared},
-    store::{Bounds, Expiry, Limits, Reload, Store},
+    store::{Bounds, Early, Expiry, Limits, Reload, Store},
     table::Table,
     tables::{Member, Trust},
     verify::history::{Key, NodeId, Time, Version},
@@ -143,7 +143,7 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
     let store = Store::new(Bounds::rows::<Key, Item>(setup.capacity), limits, hashed);
     // Without jitter, which is different in each process.
     let expiry = Expiry { ttl: setup.ttl, ..Expiry::default() };
-    let (reload, due) = Reload::new(setup.reload_after, setup.reload_after.is_some()).unzip();
+    let (reload, due) = Reload::new(setup.reload_after.map(Early::Share), setup.reload_after.is_some()).unzip();
     let store = Arc::new(store.expiring(expiry).reloading(reload));
     shared.tables.add(TABLE, trust(world), &(Arc::clone(&store) as Arc<dyn Member>));
     let handle = Arc::new(Handle::new(Arc::clone(&shared)));
