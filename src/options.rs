@@ -111,7 +111,7 @@ pub struct TableOptions {
     /// After this share of its life, more than 0 and less than 1, an entry that is used is read again in the background, and served
     /// meanwhile: so nobody waits for what is used all the time. Default: none.
     pub refresh_ahead: Option<f64>,
-    /// XFetch: each hit draws a lot, and the nearer the end of an entry, and the longer its load took, the likelier it is read again in the
+    /// The method `XFetch`: each hit draws a lot, and the nearer the end of an entry, and the longer its load took, the likelier it is read again in the
     /// background, so that the nodes of a fleet, and the entries of a table, do it at different times. The number is how much earlier
     /// than the optimum: 1 is what the paper calls so. For what takes long to load, such as a memo; loads by key take a millisecond, and times
     /// are kept to a tenth of a second. In place of [`refresh_ahead`](Self::refresh_ahead). Default: none.

@@ -251,7 +251,7 @@ fn what_is_used_is_read_again_before_it_expires() {
     assert!(fixture.store.reload(&Due::Early(2), &mut wanted).is_none() && wanted.is_empty());
 }
 
-/// XFetch: with each of many entries, a hit every tenth of a second until it is read again.
+/// `XFetch`: with each of many entries, a hit every tenth of a second until it is read again.
 #[test]
 fn what_took_long_to_load_is_read_again_early_and_not_all_at_once() {
     // How long before its end each entry was read again, in tenths of a second, if its load took so long.

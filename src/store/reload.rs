@@ -27,7 +27,7 @@ pub(crate) struct Reload<K> {
 pub(crate) enum Early {
     /// After this share of its life.
     Share(f64),
-    /// XFetch: each use draws a lot, and the longer its load took, times this, and the nearer its end, the likelier it is
+    /// `XFetch`: each use draws a lot, and the longer its load took, times this, and the nearer its end, the likelier it is
     /// (Vattani, Chierichetti, Lowenstein: *Optimal Probabilistic Cache Stampede Prevention*, 2015).
     Chance(f64),
 }
