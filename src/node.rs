@@ -6,9 +6,7 @@ use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::{
     config::Config,
-    depends::By,
     error::{Error, Kind, Result},
-    hashed::Hashed,
     host::Process,
     keeper,
     key::Key,
@@ -26,7 +24,6 @@ use crate::{
     stats::NodeStats,
     status::{Events, Status},
     table::{FromRow, Table},
-    tables::On,
     token::Token,
     transaction::Transaction,
     view::View,
@@ -189,15 +186,7 @@ impl Node {
         let (asked, keeps_by) = (name.to_owned(), options.clone());
         self.open(name.to_owned(), options, move |opener| {
             let (name, options) = (asked.clone(), keeps_by.clone());
-            Box::pin(async move {
-                let tracked = opener.tracked::<K>(&name).await?;
-                let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
-                let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
-                let source: MakeSource<K, V> = Box::new(move |keeps| {
-                    Arc::new(Rows::<K, V>::new(opener.access(&options), &tracked, &tracked.name, &[], keeps))
-                });
-                Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
-            })
+            Box::pin(async move { opener.rows(&name, None, options).await })
         })
         .await
     }

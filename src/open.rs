@@ -20,6 +20,7 @@ use tokio::{
 
 use crate::{
     audit::{self, Auditor},
+    depends::By,
     digest::Tenths,
     error::{Error, Kind, Result, with_causes},
     hashed::Hashed,
@@ -30,7 +31,7 @@ use crate::{
     postgres::{
         access::Access,
         catalog::{self, TrackedTable, Widths},
-        rows::Keeps,
+        rows::{Keeps, Rows},
         server::Postgres,
     },
     refill, refresh,
@@ -38,7 +39,7 @@ use crate::{
     source::{Digesting, Listing, Loading, Locking, Source},
     store::{Due, Limits, Reload, Store},
     sync::{Mutex, lock},
-    table::Table,
+    table::{FromRow, Table},
     tables::{Member, On},
     throttle::{Complaint, Throttle},
 };
@@ -67,8 +68,25 @@ pub(crate) type Finding<K, V> = Pin<Box<dyn Future<Output = Result<Found<K, V>>>
 
 impl Opener {
     /// A table, by its own key.
-    pub(crate) async fn tracked<K: Key>(&self, name: &str) -> Result<TrackedTable> {
+    async fn tracked<K: Key>(&self, name: &str) -> Result<TrackedTable> {
         catalog::open::<K>(&self.postgres.pool, self.shared.config.pooler, name).await
+    }
+
+    /// The rows of a table by its own key, or of what is read in its place.
+    pub(crate) async fn rows<K: Key, V: FromRow>(
+        self,
+        name: &str,
+        from: Option<String>,
+        options: TableOptions,
+    ) -> Result<Found<K, V>> {
+        let tracked = self.tracked::<K>(name).await?;
+        let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
+        let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
+        let source: MakeSource<K, V> = Box::new(move |keeps| {
+            let from = from.as_deref().unwrap_or(&tracked.name);
+            Arc::new(Rows::<K, V>::new(self.access(&options), &tracked, from, &[], keeps))
+        });
+        Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
     }
 
     /// A table as one whose key is these columns, how its cache depends on it, and its real key.

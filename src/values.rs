@@ -24,7 +24,7 @@ pub use self::{
 };
 use self::{
     keeper::sweep,
-    run::{Ended, Producing, Runs, outcome},
+    run::{Ended, Runs, outcome},
     stored::Stored,
 };
 use crate::{
@@ -196,7 +196,7 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> SharedValues<K, V, C
                 Ok(joined) => outcome(joined).await,
                 Err(run) => {
                     let mine = producer.take().expect("it comes back, or this returns");
-                    let running = tokio::spawn(self.producing().run(run, mine, self.lives, unreadable));
+                    let running = tokio::spawn(Arc::clone(&self.core).run(run, mine, self.lives, unreadable));
                     match running.await {
                         Ok((Ended::Unkept(value), _)) => {
                             common.counters.unkept.add(1);
@@ -220,18 +220,6 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> SharedValues<K, V, C
         }
     }
 
-    fn producing(&self) -> Producing<K, V, C> {
-        let Core { table, statements, writes, lease, timeout, bytes_max, .. } = &*self.core;
-        Producing {
-            table: table.clone(),
-            statements: Arc::clone(statements),
-            pool: writes.clone(),
-            lease: *lease,
-            timeout: *timeout,
-            bytes_max: *bytes_max,
-        }
-    }
-
     /// Stores a value, whatever there was. This node returns it from now on; others once they have been told, or with the token
     /// ([`Freshness::AtLeast`](crate::Freshness::AtLeast)).
     ///
@@ -243,8 +231,7 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> SharedValues<K, V, C
     ///
     /// As of [`Table::update`].
     pub async fn put(&self, key: &K, value: &V) -> Result<Token> {
-        let Core { statements, bytes_max, .. } = &*self.core;
-        let bytes = run::encode::<K, V, C>(statements, key, value, *bytes_max)?;
+        let bytes = self.core.encode(key, value)?;
         let (of, lives) = (key.clone(), self.lives);
         let ((), token) =
             self.write(key, async move |statements, on| statements.put(on, &of, bytes, lives).await).await?;

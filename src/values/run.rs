@@ -19,7 +19,7 @@
 
 use std::{
     collections::HashMap,
-    future::Future,
+    future::{Future, pending},
     panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     sync::{Arc, Weak},
@@ -27,29 +27,25 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use sqlx::PgPool;
 use tokio::{
     sync::watch,
     time::{interval_at, sleep, timeout},
 };
 use uuid::Uuid;
 
-use super::{codec::Codec, stored::SharedValue};
+use super::{Core, codec::Codec, stored::SharedValue};
 use crate::{
-    error::{Error, Kind, Result},
+    error::{Error, Kind, Result, with_causes},
     journal::{TableEvent, TableEvents},
     key::Key,
     postgres::{
         built::BoxError,
         rows::panic_message,
-        values::{Lives, Statements, Taken},
+        values::{Lives, Taken},
     },
     sync::{Mutex, lock},
-    table::Table,
     throttle::Complaint,
 };
-
-use super::stored::Stored;
 
 /// How a run has ended.
 pub(super) enum Ended<V, C> {
@@ -136,20 +132,10 @@ pub(super) async fn outcome<V, C>(mut joined: Joined<V, C>) -> Option<Ended<V, C
     joined.wait_for(Option::is_some).await.ok()?.clone()
 }
 
-/// What runs need.
-pub(super) struct Producing<K: Key, V: Send + Sync + 'static, C: 'static> {
-    pub(super) table: Table<K, Stored<V, C>>,
-    pub(super) statements: Arc<Statements<K>>,
-    pub(super) pool: PgPool,
-    pub(super) lease: Duration,
-    pub(super) timeout: Duration,
-    pub(super) bytes_max: usize,
-}
-
-impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Producing<K, V, C> {
+impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Core<K, V, C> {
     /// Runs, in a task of its own. Returns the producer if it was not needed.
     pub(super) async fn run<F, R, E>(
-        self,
+        self: Arc<Self>,
         run: Run<K, V, C>,
         producer: F,
         lives: Lives,
@@ -184,7 +170,7 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Producing<K, V, C> {
         let mut events = self.table.subscribe();
         loop {
             let mut limit = LOOK_AGAIN;
-            match self.statements.take(&self.pool, key, run.id, self.lease, unreadable).await? {
+            match self.statements.take(&self.writes, key, run.id, self.lease, unreadable).await? {
                 Taken::Ours => return Ok(true),
                 // Its message may not have come yet.
                 Taken::HasValue => self.table.store.invalidate(key),
@@ -215,14 +201,14 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Producing<K, V, C> {
         };
         let value = SharedValue::alone(value);
         run.close();
-        let stored = self.statements.store(&self.pool, &run.key, run.id, bytes, lives).await;
+        let stored = self.statements.store(&self.writes, &run.key, run.id, bytes, lives).await;
         // The message comes later: who asks here from now on finds the value.
         self.table.store.invalidate(&run.key);
         match stored {
             Ok(true) => Ended::Kept(value),
             Ok(false) => Ended::Unkept(value),
             Err(error) => {
-                tracing::warn!(error = crate::error::with_causes(&error), "a value was computed that cannot be shared");
+                tracing::warn!(error = with_causes(&error), "a value was computed that cannot be shared");
                 Ended::Unkept(value)
             }
         }
@@ -245,7 +231,7 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Producing<K, V, C> {
         let called = tokio::select! {
             biased;
             called = &mut calling => called,
-            () = &mut renewing => calling.await,
+            () = &mut renewing => unreachable!("it goes on"),
             () = async { drop(stopping.wait_for(|stopping| *stopping).await) } => {
                 return Err(Error::new(Kind::Closed, format!("the node was shut down while {} was computed", of())));
             }
@@ -264,18 +250,18 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Producing<K, V, C> {
         }
     }
 
-    /// Returns when the lease is lost.
+    /// Until the lease is lost, after which there is nothing to do. Does not return.
     async fn keep_lease(&self, run: &Run<K, V, C>) {
         let pause = self.lease / 3;
         let mut ticks = interval_at(tokio::time::Instant::now() + pause, pause);
         let mut complaint = Complaint::default();
         loop {
             ticks.tick().await;
-            match self.statements.renew(&self.pool, &run.key, run.id, self.lease).await {
+            match self.statements.renew(&self.writes, &run.key, run.id, self.lease).await {
                 Ok(true) => complaint.is_settled(),
-                Ok(false) => return,
+                Ok(false) => pending().await,
                 Err(error) => {
-                    let error = crate::error::with_causes(&error);
+                    let error = with_causes(&error);
                     if complaint.is_news(&error, self.table.shared().host.now()) {
                         tracing::warn!(
                             error,
@@ -287,43 +273,34 @@ impl<K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Producing<K, V, C> {
         }
     }
 
-    fn encode(&self, key: &K, value: &V) -> Result<Vec<u8>> {
-        encode::<K, V, C>(&self.statements, key, value, self.bytes_max)
-    }
-
     /// So that whoever waits need not wait until it runs out.
     async fn release(&self, run: &Run<K, V, C>) {
-        let releasing = self.statements.release(&self.pool, &run.key, run.id);
+        let releasing = self.statements.release(&self.writes, &run.key, run.id);
         if let Ok(Err(error)) = timeout(self.lease, releasing).await {
-            let error = crate::error::with_causes(&error);
+            let error = with_causes(&error);
             tracing::debug!(error, "cannot give back a lease, which will run out");
         }
     }
-}
 
-/// The bytes of a value, if it has any, and not too many.
-pub(super) fn encode<K: Key, V, C: Codec<V>>(
-    statements: &Statements<K>,
-    key: &K,
-    value: &V,
-    bytes_max: usize,
-) -> Result<Vec<u8>> {
-    let of = || statements.of(key);
-    let cannot = || format!("{} cannot be encoded, and is not stored", of());
-    let bytes = match catch_unwind(AssertUnwindSafe(|| C::encode(value))) {
-        Ok(encoded) => encoded.map_err(|error| Error::with(Kind::Value, cannot(), error))?,
-        Err(panic) => {
-            let why = panic_message(&*panic);
-            return Err(Error::new(Kind::Value, format!("{}: its codec panicked: {why}", cannot())));
+    /// The bytes of a value, if it has any, and not too many.
+    pub(super) fn encode(&self, key: &K, value: &V) -> Result<Vec<u8>> {
+        let of = || self.statements.of(key);
+        let cannot = || format!("{} cannot be encoded, and is not stored", of());
+        let bytes = match catch_unwind(AssertUnwindSafe(|| C::encode(value))) {
+            Ok(encoded) => encoded.map_err(|error| Error::with(Kind::Value, cannot(), error))?,
+            Err(panic) => {
+                let why = panic_message(&*panic);
+                return Err(Error::new(Kind::Value, format!("{}: its codec panicked: {why}", cannot())));
+            }
+        };
+        if bytes.len() > self.bytes_max {
+            let (length, max) = (bytes.len(), self.bytes_max);
+            let message =
+                format!("{} has {length} bytes, and is not stored: more than {max} (`value_bytes_max`)", of());
+            return Err(Error::new(Kind::Value, message));
         }
-    };
-    if bytes.len() > bytes_max {
-        let length = bytes.len();
-        let message =
-            format!("{} has {length} bytes, and is not stored: more than {bytes_max} (`value_bytes_max`)", of());
-        return Err(Error::new(Kind::Value, message));
+        Ok(bytes)
     }
-    Ok(bytes)
 }
 
 /// While a message may not come, and once more should a change have taken away what nobody held.

@@ -11,17 +11,11 @@ use super::{
     stored::{SharedValue, Stored},
 };
 use crate::{
-    depends::By,
     error::{Error, Kind, Result},
     key::Key,
     node::Node,
-    open::{Found, MakeSource},
     options::{OnChange, TableOptions},
-    postgres::{
-        rows::Rows,
-        values::{self, Lives, Statements},
-    },
-    tables::On,
+    postgres::values::{self, Lives, Statements},
 };
 
 /// Shared values that are about to be opened: made by [`Node::shared`].
@@ -167,14 +161,8 @@ impl<'n, K: Key, V: Send + Sync + Unpin + 'static, C: Codec<V>> Share<'n, K, V, 
                 let (name, options, writes) = (asked.clone(), keeps_by.clone(), writes.clone());
                 Box::pin(async move {
                     values::make::<K>(&writes, pooler, &name, logged).await?;
-                    let tracked = opener.tracked::<K>(&values::table_of(&name)).await?;
-                    let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
-                    let name = tracked.name.clone();
-                    let from = values::readable::<K>(&name);
-                    let source: MakeSource<K, Stored<V, C>> = Box::new(move |keeps| {
-                        Arc::new(Rows::<K, Stored<V, C>>::new(opener.access(&options), &tracked, &from, &[], keeps))
-                    });
-                    Ok(Found { name, on: vec![on], hashed: None, is_tagged: false, source })
+                    let table = values::table_of(&name);
+                    opener.rows(&table, Some(values::readable::<K>(&table)), options).await
                 })
             })
             .await?;

@@ -30,9 +30,9 @@ const READS: usize = 200_000;
 
 #[derive(Clone, Debug, sqlx::FromRow)]
 struct User {
-    #[allow(dead_code)] // only its weight counts
+    #[expect(dead_code, reason = "only its weight counts")]
     id: i64,
-    #[allow(dead_code)]
+    #[expect(dead_code, reason = "as above")]
     name: String,
 }
 
