@@ -25,7 +25,7 @@ use crate::{
 
 const TABLE: &str = "public.t";
 const SERVER: Incarnation = Incarnation { canary: Uuid::from_u128(1), started: 7 };
-const STAMP: Stamp = Stamp { incarnation: Some(SERVER), dirty: false, lsn: 7 };
+const STAMP: Stamp = Stamp { incarnation: Some(SERVER), dirty: false, lsn: 7, saw: None };
 
 fn digest(version: u8) -> Digest {
     Digest::of([Some(&[version][..])])

@@ -11,7 +11,17 @@ use crate::coherence::Boot;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Digest(u64);
 
+impl From<u64> for Digest {
+    fn from(digest: u64) -> Self {
+        Self(digest)
+    }
+}
+
 impl Digest {
+    pub(crate) fn get(self) -> u64 {
+        self.0
+    }
+
     /// Not taken.
     pub(crate) const UNKNOWN: Self = Self(0);
     /// There is no such row.

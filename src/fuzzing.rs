@@ -325,7 +325,7 @@ impl Load {
     /// `None`: the key's load failed.
     pub fn finish(&mut self, rows: Vec<Option<Option<u64>>>, lsn: u64, ours: bool) {
         let failed = || Error::new(Kind::Timeout, "fuzzed");
-        let stamp = Stamp { incarnation: None, dirty: false, lsn };
+        let stamp = Stamp { incarnation: None, dirty: false, lsn, saw: None };
         self.0.finish(rows.into_iter().map(|row| row.ok_or_else(failed)), Origin { stamp, ours, ..Origin::default() });
     }
 

@@ -65,6 +65,7 @@
 //! | `view` | entries that are made of several rows |
 //! | `memo` | functions whose values are kept |
 //! | `warm_up` | loads rows before anybody asks for them |
+//! | `tier` | rows that nodes share outside of Postgres |
 //! | `tags` | what entries of a view depend on that only their loader knows |
 //! | `write` | rows that callers have read themselves, or change |
 //! | `keeper` | keeps the line to Postgres open: connects, proves, beats, verifies triggers |
@@ -80,6 +81,7 @@
 //! | `depends` | core: which keys a message makes a cache forget |
 //! | `relay` | core: of two lines, which one is heard, and when one can take over from the other |
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
+//! | `admission` | core: which rows that somebody else has read may be taken |
 //! | `hashed` | core: keys that messages do not show |
 //! | `change`, `key` | core: messages and keys |
 //! | `change_log` | core: where a node is in the change log |
@@ -97,6 +99,7 @@
 //! | `chrono` | keys of `date`, `timestamp` and `timestamptz` as types of crate `chrono`; values, too: it turns on sqlx's feature of that name |
 //! | `time` | the same as types of crate `time` |
 //! | `rust_decimal` | keys of `numeric` as `rust_decimal::Decimal`, and values |
+//! | `redis` | a shared tier between the memory of nodes and Postgres: [`Tier`] |
 //! | `test-kit` | module `testing`: nodes without Postgres, for the tests of your service |
 //! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
 
@@ -107,6 +110,7 @@ pub mod testing;
 #[cfg(feature = "verify")]
 pub mod verify;
 
+mod admission;
 mod audit;
 mod change;
 mod change_log;
@@ -157,6 +161,7 @@ mod table;
 mod tables;
 mod tags;
 mod throttle;
+mod tier;
 mod tls;
 mod token;
 mod transaction;
@@ -181,11 +186,12 @@ pub use postgres::{
     built::{BoxError, Building},
     install, migrate,
 };
-pub use stats::{Audits, LoadTimes, NodeStats, Stats};
+pub use stats::{Audits, LoadTimes, NodeStats, Stats, TierStats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;
 pub use table::{FromRow, Lookup, Table};
 pub use tags::{Tag, Tagged};
+pub use tier::Tier;
 pub use tls::TlsConfig;
 pub use token::Token;
 pub use transaction::Transaction;

@@ -141,7 +141,7 @@ fn loom_what_the_last_clear_left_is_given_back() {
         assert!(matches!(store.ask(&1, Join::Running, &mut wanted), Asked::Wait(_)));
         let mut runner = store.enqueue(wanted).pop().expect("one");
         runner.take();
-        let stamp = Stamp { incarnation: None, dirty: false, lsn: 7 };
+        let stamp = Stamp { incarnation: None, dirty: false, lsn: 7, saw: None };
         runner.finish([Ok(Some(1))], Origin { stamp, ours: true, ..Origin::default() });
         assert_eq!((runner.take(), store.stats().entries), (None, 1));
 

@@ -27,7 +27,7 @@ use crate::{
     keeper,
     key::Key,
     node::Node,
-    options::{OnChange, TableOptions},
+    options::{OnChange, TableOptions, Tiering},
     postgres::{
         access::Access,
         catalog::{self, TrackedTable, Widths},
@@ -42,6 +42,7 @@ use crate::{
     table::{FromRow, Table},
     tables::{Member, On},
     throttle::{Complaint, Throttle},
+    tier::Tiered,
 };
 
 /// What is needed to look things up. It keeps no node alive.
@@ -141,7 +142,26 @@ impl Opener {
         let on: Vec<On> = on.into_iter().map(heard).collect::<Result<_>>()?;
         let store = &cache.store;
         // Of the store, whatever the options of this call: whoever loads, its entries must have what it asks them for.
-        let source = source(Keeps { digests: store.is_audited, lengths: store.weighs_received() });
+        let snapshots = store.admission().is_some();
+        let source = source(Keeps { digests: store.is_audited, lengths: store.weighs_received(), snapshots });
+        let source = match &cache.tier {
+            Some(_) if hashed.is_some() => {
+                let message = format!(
+                    "the keys of {name} are secrets, which are hashed in messages, and a tier would show them: leave it out"
+                );
+                return Err(Error::new(Kind::Config, message));
+            }
+            Some((tier, form)) => Arc::new(Tiered {
+                tier: tier.clone(),
+                form: Arc::clone(form),
+                behind: source,
+                store: Arc::clone(store),
+                shared: Arc::clone(shared),
+                name: name.as_str().into(),
+                complaints: Mutex::default(),
+            }),
+            None => source,
+        };
         let member = Arc::clone(store) as Arc<dyn Member>;
         let mut unattached = lock(&cache.unattached);
         let Some(tasks) = unattached.take() else {
@@ -170,6 +190,8 @@ impl Opener {
 /// A cache of a node, which all handles of its name and types share.
 pub(crate) struct Cache<K: Key, V: Send + Sync + 'static> {
     store: Arc<Store<K, V>>,
+    /// Of whoever opened it first.
+    tier: Option<Tiering<V>>,
     /// Protects it from being attached twice.
     unattached: Mutex<Option<Tasks<K>>>,
 }
@@ -177,18 +199,24 @@ pub(crate) struct Cache<K: Key, V: Send + Sync + 'static> {
 impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
     /// The one of this name, made if there is none yet, for these types.
     fn of(node: &Node, name: &str, options: &TableOptions, limits: Limits) -> Result<Arc<Self>> {
-        let (weigh, expiry) = (options.weigh()?, options.expiry()?);
+        let (weigh, expiry, tier) = (options.weigh()?, options.expiry()?, options.tiering::<V>()?);
+        let is_tiered = tier.is_some();
         let events_max = node.handle.shared.config.events_max;
         let make = || {
             let (reload, due) = Reload::new(options.early(), options.on_change == OnChange::Refresh).unzip();
             let store = Store::<K, V>::new(options.bounds(), limits, None);
             let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
             let store = store.expiring(expiry).reloading(reload).breaking(options.breaker);
-            let store = store.journaling(options.history, events_max);
+            let store = store.journaling(options.history, events_max).admitting(is_tiered);
             let tasks = Tasks { due, refill: options.refill, audit: options.audit };
-            Arc::new(Self { store: Arc::new(store), unattached: Mutex::new(Some(tasks)) })
+            Arc::new(Self { store: Arc::new(store), tier, unattached: Mutex::new(Some(tasks)) })
         };
-        Ok(node.handle.open::<K, V, _>(name, make))
+        let cache = node.handle.open::<K, V, _>(name, make);
+        if is_tiered && cache.tier.is_none() {
+            let message = format!("{name} was opened before, without a `tier`: open it with one each time");
+            return Err(Error::new(Kind::Config, message));
+        }
+        Ok(cache)
     }
 }
 
@@ -272,6 +300,7 @@ impl Node {
         source: Arc<dyn Source<K, V>>,
     ) -> Result<Table<K, V>> {
         options.check()?;
+        options.check_untiered("functions")?;
         let cache = Cache::of(self, name, options, CALLS)?;
         let make: MakeSource<K, V> = Box::new(|_| source);
         let source = self.opener().attach(

@@ -8,11 +8,15 @@ use std::{
     time::Duration,
 };
 
+use serde::{Serialize, de::DeserializeOwned};
+
 use crate::{
     audit,
     error::{Error, Kind, Result},
     freshness::Fallback,
     store::{Bounds, Early, Expiry, Lifetime, Rescue, Weigh},
+    tier::{Form, Tier},
+    values::{Codec, Json},
 };
 
 /// Options of one table. More will come; start from `Default`.
@@ -146,6 +150,7 @@ pub struct TableOptions {
     /// key, in one statement per [`beat`](crate::Config::beat) and [`load_keys_max`](crate::Config::load_keys_max) keys, and
     /// a load a hash of the row. Default 0: none.
     pub audit: u32,
+    tier: Option<Erased>,
     /// Events that are kept for [`Table::explain`](crate::Table::explain): the latest of what took entries away, a few hundred bytes each
     /// at most. Default 256.
     pub history: usize,
@@ -186,6 +191,7 @@ impl Default for TableOptions {
             fallback: Fallback::default(),
             refill: 0,
             audit: 0,
+            tier: None,
             history: 256,
         }
     }
@@ -338,6 +344,58 @@ impl TableOptions {
         self
     }
 
+    /// With a tier that is asked for what is not held, before Postgres is; for rows as JSON. The table must be opened with it each time, and by its
+    /// key or by columns ([`table_by`](crate::Node::table_by), [`list_by`](crate::Node::list_by)).
+    ///
+    /// A value is put into the tier only if what its bytes are decoded to equals it, and taken from it only if it is encoded to the bytes that
+    /// it was made of. So a field that is left out, or that an older version of your service did not know, costs a load, and is
+    /// never made up.
+    ///
+    /// ```
+    /// # #[cfg(feature = "redis")]
+    /// # fn example() -> rowcache::Result<()> {
+    /// use rowcache::{TableOptions, Tier};
+    ///
+    /// #[derive(PartialEq, serde::Serialize, serde::Deserialize)]
+    /// struct User {
+    ///     name: String,
+    /// }
+    ///
+    /// let tier = Tier::redis("redis://cache.internal/")?;
+    /// let options = TableOptions::default().tier::<User>(&tier);
+    /// # let _ = options;
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(feature = "redis")]
+    /// # example().unwrap();
+    /// ```
+    #[must_use]
+    pub fn tier<V: PartialEq + Serialize + DeserializeOwned + 'static>(self, tier: &Tier) -> Self {
+        self.tier_in::<V, Json>(tier)
+    }
+
+    /// As [`tier`](Self::tier), with rows as this codec writes them.
+    #[must_use]
+    pub fn tier_in<V: PartialEq + 'static, C: Codec<V>>(mut self, tier: &Tier) -> Self {
+        let tiering: Tiering<V> = (tier.clone(), Arc::new(Form::of::<C>()));
+        self.tier = Some(Erased { of: type_name::<V>(), it: Arc::new(tiering) });
+        self
+    }
+
+    /// The tier, and how its values are written.
+    pub(crate) fn tiering<V: 'static>(&self) -> Result<Option<Tiering<V>>> {
+        self.tier.as_ref().map(|erased| erased.get::<Tiering<V>, V>("tier").cloned()).transpose()
+    }
+
+    /// Fails if there is a tier for what can have none.
+    pub(crate) fn check_untiered(&self, what: &str) -> Result<()> {
+        if self.tier.is_none() {
+            return Ok(());
+        }
+        let message = format!("a `tier` is for rows by key or by columns, not for {what}");
+        Err(Error::new(Kind::Config, message))
+    }
+
     /// Fails if entries that are not single rows are to be audited.
     pub(crate) fn check_unaudited(&self) -> Result<()> {
         if self.audit == 0 {
@@ -349,6 +407,7 @@ impl TableOptions {
 
     /// Fails if shared values are to be held in a way that is not for them.
     pub(crate) fn check_shared(&self) -> Result<()> {
+        self.check_untiered("shared values")?;
         let (audit, idle) = (self.audit > 0, self.idle.is_some());
         let others = [("audit", audit), ("lifetime", self.lifetime.is_some()), ("weigher", self.weigher.is_some())];
         if let Some((name, _)) = others.iter().find(|(_, is_set)| *is_set) {
@@ -435,6 +494,9 @@ impl TableOptions {
 }
 
 const SHORTEST: Duration = Duration::from_secs(1);
+
+/// A tier, and how values of this type are written for it.
+pub(crate) type Tiering<V> = (Tier, Arc<Form<V>>);
 
 type Heap<V> = Arc<dyn Fn(&V) -> usize + Send + Sync>;
 

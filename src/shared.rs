@@ -316,6 +316,7 @@ impl Shared {
                 Action::Advance => {
                     if let (Some(as_of), Some(mark)) = (coherence.coherent_as_of(), coherence.mark()) {
                         self.horizon.advance(as_of, mark.lsn);
+                        self.tables.advance(as_of, mark);
                         self.counters.fence(self.host.now().saturating_sub(as_of));
                     }
                 }

@@ -9,6 +9,15 @@
 
 use std::str::FromStr;
 
+/// What a load saw, in two numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sight {
+    /// All transactions below this had ended.
+    pub(crate) xmin: u64,
+    /// How many had ended, of all that there ever were.
+    pub(crate) ended: u64,
+}
+
 /// A snapshot of the primary.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Snapshot {
@@ -27,6 +36,15 @@ impl Snapshot {
     /// None from this on had ended.
     pub(crate) fn xmax(&self) -> u64 {
         self.xmax
+    }
+
+    /// What a load with this snapshot saw.
+    ///
+    /// On one primary a snapshot shows all that an earlier one shows, so that `ended` grows with each transaction that ends, and orders
+    /// them. The ids of savepoints are in no list: they count as ended once they are below `xmax`, in this snapshot as in
+    /// all later ones, so that they disturb no order.
+    pub(crate) fn sight(&self) -> Sight {
+        Sight { xmin: self.xmin, ended: self.xmax - self.running.len() as u64 }
     }
 
     /// Those between the two that had not.

@@ -6,8 +6,9 @@ use sqlx::PgConnection;
 
 use crate::{
     coherence::Incarnation,
-    digest::Digest,
+    digest::{Digest, Tenths},
     error::{Error, Kind, Result},
+    snapshot::Sight,
     tags::Tag,
 };
 
@@ -80,6 +81,8 @@ impl<V> Loaded<V> {
                 }
                 self.stamp.dirty |= one.stamp.dirty;
                 self.stamp.lsn = self.stamp.lsn.max(one.stamp.lsn);
+                // That of one of them would not do for the others: each row says what its own load saw.
+                self.stamp.saw = None;
                 self.rows.extend(one.rows);
                 self.received.extend(one.received);
             }
@@ -100,10 +103,22 @@ pub(crate) struct Received {
     pub(crate) bytes: u32,
     /// What it depends on beside its key, if the loader says so.
     pub(crate) tags: Vec<Tag>,
+    /// It was read by another load than the one that the stamp is of.
+    pub(crate) earlier: Option<Earlier>,
+}
+
+/// What is known of a load that somebody else has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Earlier {
+    pub(crate) saw: Sight,
+    /// The commits that it saw were logged before this position.
+    pub(crate) lsn: u64,
+    /// It started no earlier than this.
+    pub(crate) at: Tenths,
 }
 
 impl Received {
-    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0, tags: Vec::new() };
+    pub(crate) const ABSENT: Self = Self { digest: Digest::ABSENT, bytes: 0, tags: Vec::new(), earlier: None };
 }
 
 /// An audit's reading under way.
@@ -125,4 +140,6 @@ pub(crate) struct Stamp {
     pub(crate) dirty: bool,
     /// The commits that it saw were logged before this position.
     pub(crate) lsn: u64,
+    /// What it saw, if somebody wants to know, and it was on a primary.
+    pub(crate) saw: Option<Sight>,
 }

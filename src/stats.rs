@@ -8,10 +8,13 @@ use crossbeam_utils::CachePadded;
 use crate::sync::{AtomicU64, Ordering};
 
 mod audits;
+mod tier;
 mod times;
 
 pub(crate) use audits::AuditCounters;
 pub use audits::Audits;
+pub(crate) use tier::TierCounters;
+pub use tier::TierStats;
 pub use times::LoadTimes;
 pub(crate) use times::TimeCounters;
 
@@ -93,6 +96,8 @@ pub struct Stats {
     pub load_times: LoadTimes,
     /// Hits whose rows were read again.
     pub audits: Audits,
+    /// What came of asking the [`Tier`](crate::Tier).
+    pub tier: TierStats,
 }
 
 impl Stats {
@@ -129,6 +134,7 @@ impl Stats {
         less!(put, not_found, queries, invalidations, clears, refilled, expired, refreshed, evicted, oversized);
         now.load_times = self.load_times.since(&earlier.load_times);
         now.audits = self.audits.since(&earlier.audits);
+        now.tier = self.tier.since(&earlier.tier);
         now
     }
 }
@@ -221,6 +227,7 @@ pub(crate) struct Counters {
     pub(crate) oversized: Counter,
     pub(crate) load_times: TimeCounters,
     pub(crate) audits: AuditCounters,
+    pub(crate) tier: TierCounters,
 }
 
 impl Counters {
@@ -277,6 +284,7 @@ impl Counters {
             oversized: self.oversized.get(),
             load_times: self.load_times.snapshot(),
             audits: self.audits.snapshot(),
+            tier: self.tier.snapshot(),
             ..Stats::default()
         }
     }

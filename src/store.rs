@@ -35,8 +35,9 @@ use quick_cache::DefaultHashBuilder;
 use tokio::sync::oneshot;
 
 use crate::{
-    change::{Change, RowKey},
-    coherence::Incarnation,
+    admission::Admission,
+    change::{Change, Mark, RowKey},
+    coherence::{Boot, Incarnation},
     digest::Tenths,
     error::Result,
     fill::{Flight, Join},
@@ -107,6 +108,8 @@ pub(crate) struct Store<K, V> {
     tickets: Tickets<K>,
     /// What entries depend on beside their keys, if loaders say so.
     tags: OnceLock<Tags<K>>,
+    /// What rows of a tier must have seen, if there is one.
+    admission: Option<Admission>,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
     /// What happened, for who wants to know.
@@ -160,6 +163,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             breaker: Breaker::default(),
             tickets: Tickets::default(),
             tags: OnceLock::new(),
+            admission: None,
             expiry: Expiry::default(),
             reload: None,
             journal: Arc::new(Journal::new(0, 0)),
@@ -201,6 +205,17 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     pub(crate) fn journaling(mut self, kept: usize, ahead: usize) -> Self {
         self.journal = Arc::new(Journal::new(kept, ahead));
         self
+    }
+
+    /// The store of a table whose rows may come from a tier.
+    pub(crate) fn admitting(mut self, admits: bool) -> Self {
+        self.admission = admits.then(Admission::new);
+        self
+    }
+
+    /// What rows of a tier must have seen, if there is one.
+    pub(crate) fn admission(&self) -> Option<&Admission> {
+        self.admission.as_ref()
     }
 
     /// Whether entries are weighed by the length of their rows as they were received.
@@ -414,6 +429,9 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if let Some(flight) = flights.get_mut(key) {
             flight.void();
         }
+        if let Some(admission) = &self.admission {
+            admission.told(key, by.and_then(|change| change.xid));
+        }
         self.take_ticket_away(key);
         let removed = self.entries.remove(key);
         if removed.entry().is_some() {
@@ -508,6 +526,12 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     fn resume(&self) -> bool {
         self.breaker.reset();
         self.gate.resume()
+    }
+
+    fn advance(&self, sent: Boot, mark: &Mark) {
+        if let Some(admission) = &self.admission {
+            admission.advance(self.gate.word(), sent, mark);
+        }
     }
 
     fn tick(&self, now: Tenths) -> bool {

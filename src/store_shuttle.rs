@@ -36,7 +36,7 @@ use crate::{
 const KEYS: usize = 2;
 
 const OURS: Origin = Origin {
-    stamp: Stamp { incarnation: None, dirty: false, lsn: 7 },
+    stamp: Stamp { incarnation: None, dirty: false, lsn: 7, saw: None },
     ours: true,
     at: Tenths::BOOT,
     ended: Boot::ZERO,

@@ -21,7 +21,7 @@ use crate::{
 mod limits;
 
 const OURS: Origin = Origin {
-    stamp: Stamp { incarnation: None, dirty: false, lsn: 7 },
+    stamp: Stamp { incarnation: None, dirty: false, lsn: 7, saw: None },
     ours: true,
     at: Tenths::BOOT,
     ended: Boot::ZERO,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    change::{Change, RowKey, Rows},
+    change::{Change, Mark, RowKey, Rows},
     coherence::Boot,
     depends::{By, Touched},
     digest::Tenths,
@@ -35,6 +35,9 @@ pub(crate) trait Member: Send + Sync {
 
     /// Puts what a gap has put out of service back into it. `false`: there is nothing of that kind.
     fn resume(&self) -> bool;
+
+    /// A fence counts that was sent then, when the database was so far. The gate stands still meanwhile.
+    fn advance(&self, _sent: Boot, _mark: &Mark) {}
 
     /// Tells the time. Returns whether [`reclaim`](Self::reclaim) would find what has expired.
     fn tick(&self, now: Tenths) -> bool;
@@ -311,6 +314,12 @@ impl Tables {
     /// Since when it has been switched off.
     pub(crate) fn off(&self) -> Option<Boot> {
         lock(&self.0).off
+    }
+
+    /// A fence counts.
+    pub(crate) fn advance(&self, sent: Boot, mark: &Mark) {
+        let inner = lock(&self.0);
+        inner.caches.iter().for_each(|cache| cache.member.advance(sent, mark));
     }
 
     /// Tells every cache the time. Returns those in which somebody should look for what has expired.

@@ -191,6 +191,7 @@ impl<'n> View<'n> {
         F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync + 'static,
     {
         self.options.check_unaudited()?;
+        self.options.check_untiered("views")?;
         self.options.check_weighed()?;
         let name = format!("view:{}", self.name);
         if self.on.is_empty() {

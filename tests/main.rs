@@ -37,6 +37,7 @@ mod start;
 mod tags;
 mod temp_server;
 mod test_kit;
+mod tier;
 mod traps;
 mod triggers;
 mod types;

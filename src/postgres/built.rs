@@ -99,7 +99,7 @@ where
         let row = sqlx::query(AssertSqlSafe(ask)).persistent(!self.access.pooler).fetch_one(transaction).await?;
         let lsn = row.try_get::<i64, _>("lsn")?.cast_unsigned();
         // The view would call each transaction of this isolation dirty. This one can have written nothing, and has a snapshot of its own.
-        Ok(Stamp { incarnation: incarnation(&row), dirty: false, lsn })
+        Ok(Stamp { incarnation: incarnation(&row), dirty: false, lsn, saw: None })
     }
 
     /// What the loader makes, whatever becomes of it.

@@ -33,6 +33,7 @@ use crate::{
         line::stamp_view,
         server::fetch,
     },
+    snapshot::Snapshot,
     source::{Digesting, Digests, Listing, Loaded, Loading, Locking, Received, Source, Stamp},
 };
 
@@ -59,6 +60,8 @@ pub(crate) struct Keeps {
     pub(crate) digests: bool,
     /// For tables whose rows are weighed by that.
     pub(crate) lengths: bool,
+    /// For tables that have a tier: what each load saw.
+    pub(crate) snapshots: bool,
 }
 
 /// The statements of a table.
@@ -69,16 +72,20 @@ struct Sql {
     locked: String,
 }
 
-/// Canary, start of the server, dirty, position in the log.
-const STAMP_COLUMNS: usize = 4;
+/// Canary, start of the server, dirty, position in the log, snapshot.
+const STAMP_COLUMNS: usize = 5;
+
+/// What the statement sees.
+const SNAPSHOT: &str = "pg_catalog.pg_current_snapshot()::text";
 
 impl<K: Key, V, S> Rows<K, V, S> {
     /// What is read is `from`: the name of the table, or a query of it. With `order`, columns by which the rows of a key are ordered.
     pub(crate) fn new(access: Access, table: &TrackedTable, from: &str, order: &[String], keeps: Keeps) -> Self {
         Self {
             table: table.name.clone(),
-            sql: Sql::new::<K>(table, from, order, stamp_view(false)),
-            sql_on_standby: Sql::new::<K>(table, from, order, stamp_view(true)),
+            sql: Sql::new::<K>(table, from, order, stamp_view(false), keeps.snapshots),
+            // What a snapshot of a standby prints says less than it seems to: `snapshot.rs`.
+            sql_on_standby: Sql::new::<K>(table, from, order, stamp_view(true), false),
             key_types: K::types(),
             hides_keys: table.secret.is_some(),
             keeps,
@@ -192,7 +199,7 @@ impl<T> Shape<Vec<T>> for List {
 }
 
 impl Sql {
-    fn new<K: Key>(table: &TrackedTable, from: &str, order: &[String], stamp: &str) -> Self {
+    fn new<K: Key>(table: &TrackedTable, from: &str, order: &[String], stamp: &str, snapshots: bool) -> Self {
         let names: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
         let types = K::types();
         let columns: Vec<KeyColumn<'_>> =
@@ -202,9 +209,11 @@ impl Sql {
             .enumerate()
             .map(|(n, column)| format!(", {} as \"rowcache.key.{n}\"", column.value()))
             .collect();
+        let snapshot = if snapshots { SNAPSHOT } else { "null::text" };
         let select = format!(
             "select t.*{keys}, s.canary as \"rowcache.canary\", s.started as \"rowcache.started\", \
-             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\" from {stamp} s left join "
+             s.dirty as \"rowcache.dirty\", s.lsn as \"rowcache.lsn\", {snapshot} as \"rowcache.snapshot\" \
+             from {stamp} s left join "
         );
         let equal: Vec<_> = columns.iter().enumerate().map(|(n, column)| column.is(n + 1)).collect();
         let order: Vec<String> = order.iter().map(|column| format!("t.{}", quote(column))).collect();
@@ -321,12 +330,14 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
         let failed = |error| database_error(&format!("reading the stamp of {}", self.table), error);
         let dirty = first.try_get("rowcache.dirty").map_err(failed)?;
         let lsn = first.try_get::<i64, _>("rowcache.lsn").map_err(failed)?.cast_unsigned();
-        Ok(Stamp { incarnation: incarnation(first), dirty, lsn })
+        let snapshot: Option<String> = first.try_get("rowcache.snapshot").map_err(failed)?;
+        let saw = snapshot.and_then(|text| Some(text.parse::<Snapshot>().ok()?.sight()));
+        Ok(Stamp { incarnation: incarnation(first), dirty, lsn, saw })
     }
 
     fn decode(&self, keys: &[K], rows: &[PgRow]) -> Result<Loaded<V>> {
         let stamp = self.stamp(rows)?;
-        let Keeps { digests, lengths } = self.keeps;
+        let Keeps { digests, lengths, .. } = self.keeps;
         let keeps = digests || lengths;
         let mut received = HashMap::with_capacity(if keeps { rows.len() } else { 0 });
         let mut found: HashMap<K, Result<V>> = HashMap::with_capacity(rows.len());

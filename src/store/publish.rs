@@ -4,7 +4,8 @@ use std::hash::BuildHasher;
 
 use super::{Entry, Key, Life, Origin, Removed, Store, Weigh, held};
 use crate::{
-    digest::Tenths, error::Result, fill::Verdict, journal::TableEvent, source::Received, store::Answer, sync::Arc,
+    coherence::Boot, digest::Tenths, error::Result, fill::Verdict, journal::TableEvent, source::Received,
+    store::Answer, sync::Arc,
 };
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
@@ -29,13 +30,19 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             self.found_nothing(1, origin.ended);
         }
         // The user's code may be asked, so under no lock.
+        let (at, lsn) = received.earlier.map_or((origin.at, origin.stamp.lsn), |earlier| (earlier.at, earlier.lsn));
         let made = result.map(|value| {
             let weight = self.weight(key, value.as_ref(), received.bytes);
-            (weight, self.life(key, value.as_ref(), &origin), value)
+            (weight, self.life(key, value.as_ref(), at, origin.ended), value)
         });
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
         self.take_ticket_away(key);
+        if let (Some(admission), Ok(_)) = (&self.admission, &made) {
+            // Whether it is kept or not: somebody gets it, and nobody may get an older one after that (X33).
+            let saw = received.earlier.map(|earlier| earlier.saw).or(origin.stamp.saw);
+            admission.given(key, saw.filter(|_| origin.ours));
+        }
         let word = self.gate.word();
         let (mut removed, mut published) = (Removed::default(), false);
         let overtaken = self.tags().is_some_and(|tags| {
@@ -47,13 +54,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             flight.defer(|waiter| waiter.asked > begun);
         }
         let outcome = made.map(|(weight, life, value)| {
-            let entry = Entry {
-                digest: received.digest,
-                at: origin.at,
-                weight,
-                life,
-                ..Entry::new(word, origin.stamp.lsn, value)
-            };
+            let entry = Entry { digest: received.digest, at, weight, life, ..Entry::new(word, lsn, value) };
             let entry = Arc::new(entry);
             let verdict = match flight.verdict(word) {
                 Verdict::Publish if overtaken => Verdict::Voided,
@@ -111,10 +112,9 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
     }
 
-    /// The life of an entry of this key.
-    pub(super) fn life(&self, key: &K, value: Option<&V>, origin: &Origin) -> Life {
-        let from = origin.at;
-        let took = origin.ended.saturating_sub(from.since(Tenths::BOOT));
+    /// The life of an entry of this key whose load started `from` then.
+    pub(super) fn life(&self, key: &K, value: Option<&V>, from: Tenths, ended: Boot) -> Life {
+        let took = ended.saturating_sub(from.since(Tenths::BOOT));
         // Any number will do that others do not have.
         #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
         let draw = f64::from(self.hasher.hash_one((key, from.get())) as u32) / f64::from(u32::MAX);

@@ -61,13 +61,18 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             self.give_ticket_back(key, drawn);
             return false;
         }
-        let (weight, life) = (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), &origin));
+        let (weight, life) =
+            (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), origin.at, origin.ended));
         let entry = Entry { at: origin.at, weight, life, ..Entry::new(drawn.word, origin.stamp.lsn, value) };
         let entry = Arc::new(entry);
         let flights = self.flights(key);
         let is_last = self.tickets.lock().give_back(key, drawn.number);
         let is_good =
             is_last && drawn.word.is_coherent() && drawn.word == self.gate.word() && !flights.contains_key(key);
+        if let Some(admission) = self.admission().filter(|_| is_good) {
+            // Nobody knows what its statement saw.
+            admission.doubt();
+        }
         let removed = if is_good { self.entries.insert(key, &entry) } else { super::Removed::default() };
         drop(flights);
         if is_good {

@@ -177,7 +177,7 @@ impl<K: Key, V: Send + Sync + 'static> MemorySource<K, V> {
     fn received(&self, version: Option<u64>) -> Received {
         let digest = if self.keeps.digests { digest(version) } else { Digest::UNKNOWN };
         let bytes = if self.keeps.lengths && version.is_some() { size_of::<V>() } else { 0 };
-        Received { digest, bytes: u32::try_from(bytes).unwrap_or(u32::MAX), tags: Vec::new() }
+        Received { digest, bytes: u32::try_from(bytes).unwrap_or(u32::MAX), ..Received::default() }
     }
 }
 

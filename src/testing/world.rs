@@ -170,7 +170,7 @@ impl World {
         let state = lock(&self.state);
         state.check_up()?;
         let Moment { incarnation, lsn, .. } = state.moment();
-        Ok((read(), Stamp { incarnation: Some(incarnation), dirty: false, lsn }))
+        Ok((read(), Stamp { incarnation: Some(incarnation), dirty: false, lsn, saw: None }))
     }
 
     pub(super) fn slow_load(&self) -> SlowLoad {

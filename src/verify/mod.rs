@@ -18,6 +18,7 @@ mod model;
 mod mutants;
 #[expect(clippy::missing_panics_doc, reason = "a test ground: what the machine refuses ends the run")]
 pub mod proxy;
+pub mod redis;
 pub mod simulation;
 mod story;
 mod torture;

@@ -577,9 +577,9 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "opened-first",
         protection: "whoever loads, entries have what the options of the first handle ask for",
         file: "src/open.rs",
-        text: "Keeps { digests: store.is_audited, lengths: store.weighs_received() }",
+        text: "Keeps { digests: store.is_audited, lengths: store.weighs_received(), snapshots }",
         instead: "Keeps { digests: store.is_audited && lock(&cache.unattached).is_some(),\n            \
-             lengths: store.weighs_received() && lock(&cache.unattached).is_some() }",
+             lengths: store.weighs_received() && lock(&cache.unattached).is_some(), snapshots }",
         catchers: &[Test("bounds", "who_opens_a_table_again")],
     },
     Mutant {

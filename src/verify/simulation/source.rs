@@ -63,7 +63,7 @@ impl SimSource {
             }
             let server = &inner.servers[at];
             let rows: Vec<_> = keys.iter().map(|key| server.rows.get(key).copied()).collect();
-            let stamp = Stamp { incarnation: Some(server.incarnation), dirty: false, lsn: server.lsn() };
+            let stamp = Stamp { incarnation: Some(server.incarnation), dirty: false, lsn: server.lsn(), saw: None };
             let current = at == inner.primary;
             if !current {
                 *inner.counts.entry("load of a replaced server").or_default() += 1;
