@@ -1,18 +1,22 @@
 //! A shared tier between the memory of nodes and Postgres: a real Redis, and all that can go wrong with it.
 //!
-//! Each test has a server of Postgres to itself: a transaction that another one leaves open would keep what is read meanwhile from being
-//! taken.
+//! They have a server of Postgres that no other test uses, and one after the other: a transaction that somebody leaves open would keep what
+//! is read meanwhile from being taken.
 
 use std::{collections::HashMap, io::Write as _, time::Duration};
 
 use redis::AsyncCommands as _;
-use rowcache::{Freshness, Node, Table, TableOptions, Tier, TierStats, verify::redis::RedisServer};
+use rowcache::{
+    Freshness, Node, Table, TableOptions, Tier, TierStats, cli::temp_server::TempServer, verify::redis::RedisServer,
+};
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 use crate::{
-    fixture::{self, KILL_LISTENERS, gap_and_recovery, hasty, users_server},
+    fixture::{self, KILL_LISTENERS, gap_and_recovery, hasty, users_db_on},
     support::{
-        TestDb, eventually,
+        TestDb, Version, eventually,
         proxy::{Flow, Proxy},
+        server,
     },
 };
 
@@ -32,6 +36,15 @@ async fn redis() -> Option<RedisServer> {
         return None;
     }
     Some(RedisServer::start().await.expect("redis-server starts"))
+}
+
+/// A database of users, and the right to use its server.
+async fn alone(version: Version) -> (MutexGuard<'static, ()>, TestDb) {
+    static SERVERS: [OnceCell<TempServer>; 2] = [const { OnceCell::const_new() }; 2];
+    static TURNS: [Mutex<()>; 2] = [const { Mutex::const_new(()) }; 2];
+    let turn = TURNS[version as usize].lock().await;
+    let server = SERVERS[version as usize].get_or_init(|| server(version, &[])).await;
+    (turn, users_db_on(server, version).await)
 }
 
 /// That has time, however busy the machine is.
@@ -86,7 +99,7 @@ const USER_1: &str = "update public.users set name = 'changed' where id = 1";
 pg_test! {
     async fn what_one_node_has_read_others_take(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         tier.ready().await.expect("it answers");
         let [(_one, reads), (_two, takes)] = user_nodes(&db, &tier).await;
@@ -102,7 +115,7 @@ pg_test! {
 
     async fn what_has_changed_is_not_taken(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let [(_one, reads), (two, takes), (three, third)] = user_nodes(&db, &tier).await;
         name(&reads, 1).await;
@@ -123,7 +136,7 @@ pg_test! {
     /// X32: what a gap hides is in no slot.
     async fn x32_what_was_put_in_before_a_node_listened_is_not_taken(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let (one, reads) = user_node(&db, &tier).await;
         name(&reads, 1).await;
@@ -138,7 +151,7 @@ pg_test! {
 
     async fn x32_what_was_put_in_before_a_gap_is_not_taken(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let node = Node::start(hasty(&db.url)).await.expect("starts");
         let users = open(&node, &tier).await;
@@ -156,7 +169,7 @@ pg_test! {
 
     async fn what_is_restored_from_an_old_dump_is_not_taken(test: Test) {
         let Some(mut redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let [(one, users), (two, others), (_three, third)] = user_nodes(&db, &tier).await;
         for id in 1..=10 {
@@ -196,7 +209,7 @@ pg_test! {
 
     async fn a_tier_that_lies_is_not_believed(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let [(_one, users), (_two, others), (_three, third)] = user_nodes(&db, &tier).await;
         for id in 1..=6 {
@@ -230,7 +243,7 @@ pg_test! {
 
     async fn a_tier_that_is_down_costs_little_and_comes_back(test: Test) {
         let Some(mut redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         redis.kill().await.expect("killed");
         assert!(tier.ready().await.expect_err("it is down").is_unavailable());
@@ -253,7 +266,7 @@ pg_test! {
 
     async fn a_tier_that_is_slow_is_down(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let proxy = Proxy::start(redis.port()).await;
         let tier = Tier::redis(&proxy.url(&redis.url())).expect("an address");
         tier.ready().await.expect("it answers");
@@ -268,7 +281,7 @@ pg_test! {
 
     async fn a_flushed_tier_is_filled_again(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let [(_one, users), (_two, others), (_three, third)] = user_nodes(&db, &tier).await;
         name(&users, 1).await;
@@ -282,7 +295,7 @@ pg_test! {
 
     async fn on_a_cold_tier_one_node_reads_for_all(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url()).patience(Duration::from_secs(10));
         let nodes: [(Node, Users); 8] = user_nodes(&db, &tier).await;
         let callers: Vec<_> = (0..1000)
@@ -300,7 +313,7 @@ pg_test! {
 
     async fn who_waits_for_another_node_in_vain_reads_by_himself(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let [(_one, users), (_two, others)] = user_nodes(&db, &tier).await;
         name(&users, 1).await;
@@ -315,7 +328,7 @@ pg_test! {
 
     async fn many_keys_are_asked_for_at_once(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         db.execute("insert into public.users select n, 'user ' || n from generate_series(11, 500) n").await;
         let tier = tier(&redis.url());
         let [(_one, users), (_two, others), (_three, third)] = user_nodes(&db, &tier).await;
@@ -338,7 +351,7 @@ pg_test! {
 
     async fn rows_by_other_columns_and_lists_have_a_tier_too(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         db.execute("select rowcache.track('public.users', columns => '{name}')").await;
         let tier = tier(&redis.url());
         let [one, two] = [fixture::node(&db).await, fixture::node(&db).await];
@@ -378,7 +391,7 @@ pg_test! {
         create.args(["--cluster", "create"]).args(servers.iter().map(|it| format!("127.0.0.1:{}", it.port())));
         let created = create.args(["--cluster-replicas", "0", "--cluster-yes"]).output().await.expect("redis-cli");
         assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stdout));
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let urls: Vec<String> = servers.iter().map(RedisServer::url).collect();
         let tier = Tier::redis_cluster(urls.iter().map(String::as_str)).expect("addresses").timeout(Duration::from_secs(10));
         tier.ready().await.expect("it answers");
@@ -397,7 +410,7 @@ pg_test! {
 
     async fn a_tier_is_refused_where_it_would_be_wrong(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         db.execute(fixture::SESSIONS).await;
         let tier = tier(&redis.url());
         let node = fixture::node(&db).await;
@@ -415,7 +428,7 @@ pg_test! {
 
     async fn reads_that_want_more_than_coherence_get_it_with_a_tier(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let [(_one, users), (two, others)] = user_nodes(&db, &tier).await;
         for round in 0..20 {
@@ -437,7 +450,7 @@ pg_test! {
 
     async fn audits_find_nothing_wrong_with_what_came_from_a_tier(test: Test) {
         let Some(redis) = redis().await else { return };
-        let (_server, db) = users_server(test.version, &[]).await;
+        let (_alone, db) = alone(test.version).await;
         let tier = tier(&redis.url());
         let options = || TableOptions::default().audit(1000).tier::<User>(&tier);
         let mut tables = Vec::new();

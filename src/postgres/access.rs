@@ -73,6 +73,12 @@ impl Access {
                 Ok(Err(error)) => return Err(database_error(&format!("loading {}", attempt.of()), error)),
             };
             match timeout_at(deadline, attempt.run(&mut connection)).await {
+                // An answer that has come, and lay there while the process was stopped, is as late as one that has not: who asked since it
+                // goes on, while the node is in doubt, waits for this load, and must not get a row of before.
+                Ok(Ok(_)) if Instant::now() > deadline => {
+                    connection.give_back();
+                    return Err(self.late(&attempt.of()));
+                }
                 Ok(Ok(answer)) => {
                     if (self.ours)(A::answered_by(&answer)) {
                         connection.give_back();
@@ -98,13 +104,14 @@ impl Access {
                 }
                 // Dropped too: the statement may still be running, and the next user would have to wait for it.
                 Err(_) => {
-                    return Err(Error::new(
-                        Kind::Timeout,
-                        format!("loading {} took longer than {:?} (`load_timeout`)", attempt.of(), self.timeout),
-                    ));
+                    return Err(self.late(&attempt.of()));
                 }
             }
         }
+    }
+
+    fn late(&self, what: &str) -> Error {
+        Error::new(Kind::Timeout, format!("loading {what} took longer than {:?} (`load_timeout`)", self.timeout))
     }
 
     /// The pool tries to connect for as long as it may, so a timeout can mean that all connections are in use,

@@ -5,6 +5,7 @@
 
 mod features;
 mod table;
+mod tier;
 
 use std::{
     collections::HashSet,
@@ -50,7 +51,7 @@ struct Outcome {
 }
 
 fn all() -> impl Iterator<Item = &'static Mutant> {
-    table::MUTANTS.iter().chain(features::MUTANTS)
+    table::MUTANTS.iter().chain(features::MUTANTS).chain(tier::MUTANTS)
 }
 
 pub(super) fn run(options: &Options) -> Result<ExitCode> {

@@ -48,7 +48,12 @@ const ALL_SEEN_AFTER: u64 = 300;
 const READS: [&str; 9] = ["get", "try_get", "peek", "get_many", "snapshot", "Within", "Fenced", "AtLeast", "Any"];
 
 /// What must have happened, apart from the faults that are listed.
-const EVENTS: [&str; 31] = [
+const EVENTS: [&str; 36] = [
+    "row taken from the tier",
+    "row of the tier that was too old",
+    "row of the tier that was none",
+    "key that another node was loading",
+    "tier that did not answer",
     "row served again after a gap",
     "node that does not listen",
     "poll that found something",

@@ -19,6 +19,7 @@ mod node;
 mod quiet;
 mod readers;
 mod run;
+mod shelf;
 mod source;
 mod trace;
 mod transaction;

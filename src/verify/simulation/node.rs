@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
-use super::{channel::SimServer, database::key, source::SimSource, world::World};
+use super::{channel::SimServer, database::key, shelf, source::SimSource, world::World};
 use crate::{
     config::{Config, TICK},
     error::Result,
@@ -23,7 +23,7 @@ use crate::{
 pub(super) const TABLE: &str = "public.items";
 
 /// A row.
-#[derive(Clone, Debug, sqlx::FromRow)]
+#[derive(Clone, Debug, PartialEq, sqlx::FromRow, serde::Serialize, serde::Deserialize)]
 pub(super) struct Item {
     era: i64,
     number: i64,
@@ -62,6 +62,8 @@ impl Item {
 pub(super) struct Setup {
     pub(super) capacity: usize,
     pub(super) hashed: bool,
+    /// Rows may come from a tier.
+    pub(super) tiered: bool,
     pub(super) redundant: bool,
     /// It listens to no notifications.
     pub(super) deaf: bool,
@@ -144,10 +146,11 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
     // Without jitter, which is different in each process.
     let expiry = Expiry { ttl: setup.ttl, ..Expiry::default() };
     let (reload, due) = Reload::new(setup.reload_after.map(Early::Share), setup.reload_after.is_some()).unzip();
-    let store = Arc::new(store.expiring(expiry).reloading(reload));
+    let store = Arc::new(store.expiring(expiry).reloading(reload).admitting(setup.tiered));
     shared.tables.add(TABLE, trust(world), &(Arc::clone(&store) as Arc<dyn Member>));
     let handle = Arc::new(Handle::new(Arc::clone(&shared)));
-    let source = Arc::new(SimSource::new(world, id, &shared));
+    let source = SimSource::new(world, id, &shared, setup.tiered);
+    let source = if setup.tiered { shelf::before(world, source, &store, &shared) } else { Arc::new(source) };
     let table = Table::new(handle, store, source, TABLE, setup.fallback);
 
     let mut inner = world.lock();

@@ -139,6 +139,10 @@ fn look(world: &World, node: &SimNode) {
     if stats.loads != stats.published + stats.voided + stats.uncached + stats.failed {
         world.found(node.id, 0, format!("loads do not add up: {stats:?}"));
     }
+    let it = stats.tier;
+    if it.asked != it.hits + it.misses + it.refused + it.unreadable + it.failed + it.awaited_in_vain {
+        world.found(node.id, 0, format!("what came of asking the tier does not add up: {it:?}"));
+    }
     for key in node.table.store.unindexed() {
         world.found(node.id, key, "held, and not in the index of hashes");
     }
@@ -160,6 +164,11 @@ fn look(world: &World, node: &SimNode) {
         ("row read again", table.refreshed),
         ("expired entry", table.expired),
         ("clear", table.clears),
+        ("row taken from the tier", table.tier.hits),
+        ("row of the tier that was too old", table.tier.refused),
+        ("row of the tier that was none", table.tier.unreadable),
+        ("key that another node was loading", table.tier.awaited),
+        ("tier that did not answer", table.tier.failed),
     ] {
         *inner.counts.entry(what).or_default() += n;
     }

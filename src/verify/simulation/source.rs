@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::{
     node::{Item, LOAD_MAX},
@@ -16,6 +16,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     shared::Shared,
+    snapshot::Snapshot,
     source::{Digesting, Loaded, Loading, Source, Stamp},
     sync::lock,
     verify::history::{Key, NodeId},
@@ -30,12 +31,14 @@ pub(super) struct SimSource {
     idle: Mutex<Vec<usize>>,
     /// Keys that are being loaded: each but once at a time.
     running: Mutex<BTreeSet<Key>>,
+    /// There is a tier before it.
+    is_tiered: bool,
 }
 
 impl SimSource {
-    pub(super) fn new(world: &Arc<World>, node: NodeId, shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(world: &Arc<World>, node: NodeId, shared: &Arc<Shared>, is_tiered: bool) -> Self {
         let (idle, running) = (Mutex::default(), Mutex::default());
-        Self { world: Arc::clone(world), node, shared: Arc::downgrade(shared), idle, running }
+        Self { world: Arc::clone(world), node, shared: Arc::downgrade(shared), idle, running, is_tiered }
     }
 
     async fn fetch(&self, keys: &[Key]) -> Result<Loaded<Item>> {
@@ -55,6 +58,8 @@ impl SimSource {
             sleep(slowly).await;
         }
         let idle = lock(&self.idle).pop().filter(|_| reused);
+        // What other nodes take from the tier counts from when it was read.
+        let started = if self.is_tiered { world.stamp() } else { started };
         let (server, rows, stamp) = {
             let mut inner = world.lock();
             let at = idle.filter(|at| inner.servers[*at].alive).unwrap_or(inner.pool_at);
@@ -63,7 +68,8 @@ impl SimSource {
             }
             let server = &inner.servers[at];
             let rows: Vec<_> = keys.iter().map(|key| server.rows.get(key).copied()).collect();
-            let stamp = Stamp { incarnation: Some(server.incarnation), dirty: false, lsn: server.lsn(), saw: None };
+            let saw = server.snapshot().parse().map(|it: Snapshot| it.sight()).ok();
+            let stamp = Stamp { incarnation: Some(server.incarnation), dirty: false, lsn: server.lsn(), saw };
             let current = at == inner.primary;
             if !current {
                 *inner.counts.entry("load of a replaced server").or_default() += 1;
@@ -100,8 +106,11 @@ impl Source<Key, Item> for SimSource {
                     self.world.found(self.node, *key, "two loads of one key run at the same time");
                 }
             }
-            let loaded = tokio::time::timeout(LOAD_MAX, self.fetch(keys)).await;
-            let loaded = loaded.unwrap_or_else(|_| Err(Error::new(Kind::Timeout, "a load took too long")));
+            let late = || Err(Error::new(Kind::Timeout, "a load took too long"));
+            let deadline = Instant::now() + LOAD_MAX;
+            let loaded = tokio::time::timeout_at(deadline, self.fetch(keys)).await;
+            // As `postgres/access.rs`: also if the node was stopped, and the answer has come.
+            let loaded = loaded.ok().filter(|_| Instant::now() <= deadline).unwrap_or_else(late);
             for key in keys {
                 lock(&self.running).remove(key);
                 self.world.note(Some(self.node), What::LoadEnds { key: *key, failed: loaded.is_err() });

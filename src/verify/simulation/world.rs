@@ -15,6 +15,7 @@ use super::{
     dice::Dice,
     executor::{Owner, Tasks},
     node::SimNode,
+    shelf::Put,
     trace::{Trace, What},
 };
 use crate::{
@@ -60,6 +61,8 @@ pub(super) struct Inner {
     pub(super) reads: BTreeMap<&'static str, u64>,
     pub(super) tokens: Vec<(Token, Number)>,
     pub(super) weather: Weather,
+    /// What lies in the tier.
+    pub(super) shelf: Put,
     pub(super) lines: Vec<(NodeId, Weak<Wire>)>,
     pub(super) nodes: BTreeMap<NodeId, Arc<SimNode>>,
     pub(super) events: BTreeMap<NodeId, broadcast::Receiver<Event>>,
@@ -138,6 +141,7 @@ impl World {
             reads: BTreeMap::new(),
             tokens: Vec::new(),
             weather: Weather::FINE,
+            shelf: Put::new(),
             lines: Vec::new(),
             nodes: BTreeMap::new(),
             events: BTreeMap::new(),

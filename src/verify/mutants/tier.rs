@@ -1,0 +1,102 @@
+//! The mutants of a shared tier.
+
+use super::table::{
+    Catcher::{Simulation, Test, Unit},
+    Mutant,
+};
+
+pub(super) const MUTANTS: &[Mutant] = &[
+    Mutant {
+        name: "tier-slot",
+        protection: "what a message told must have been seen by the load of a row that is taken from a tier",
+        file: "src/admission.rs",
+        text: "xmin: xmax.max(told.saturating_add(1))",
+        instead: "xmin: xmax.max(told.min(0))",
+        catchers: &[Unit("what_a_message_told"), Test("tier", "what_has_changed_is_not_taken"), Simulation("60")],
+    },
+    Mutant {
+        name: "tier-floor",
+        protection: "what was put into a tier before a node listened, or before a gap, is not taken (X32)",
+        file: "src/admission.rs",
+        text: "since.fences.iter().rev().find(|(_, logged)| *logged < lsn).map(|(sent, _)| *sent)",
+        instead: "since.fences.iter().rev().find(|(_, logged)| *logged < lsn).or(since.fences.front()).map(|(sent, _)| *sent)",
+        catchers: &[Unit("x32_what_was_loaded_before")],
+    },
+    Mutant {
+        name: "tier-floor-xmax",
+        protection: "a load from before the floor did not see all that ended before it (X32)",
+        file: "src/admission.rs",
+        text: "Floor::At(Since { word, xmax: mark.snapshot.xmax(), fences: VecDeque::from([(sent, mark.lsn)]) })",
+        instead: "Floor::At(Since { word, xmax: 0, fences: VecDeque::from([(sent, 0)]) })",
+        catchers: &[
+            Unit("x32_what_was_loaded_before"),
+            Test("tier", "x32_what_was_put_in_before_a_gap"),
+            Test("tier", "x32_what_was_put_in_before_a_node_listened"),
+            Simulation("60"),
+        ],
+    },
+    Mutant {
+        name: "tier-second-fence",
+        protection: "the floor is that of a fence that was sent after the gate had moved",
+        file: "src/admission.rs",
+        text: "            Floor::Soon(soon) if *soon == word => {",
+        instead: "            Floor::Soon(_) | Floor::Unknown | Floor::At(_) => {",
+        catchers: &[Unit("nothing_is_admitted_before_a_fence")],
+    },
+    Mutant {
+        name: "tier-word",
+        protection: "a floor is good while the gate shows what it showed",
+        file: "src/admission.rs",
+        text: "            Floor::At(since) if since.word == shown => since.xmax,",
+        instead: "            Floor::At(since) if since.word == shown || since.word.is_coherent() => since.xmax,",
+        catchers: &[Unit("nothing_is_admitted_before_a_fence"), Simulation("200")],
+    },
+    Mutant {
+        name: "tier-given",
+        protection: "nobody is given an older row than the one that was returned before (X33)",
+        file: "src/store/publish.rs",
+        text: "            admission.given(key, saw.filter(|_| origin.ours));",
+        instead: "            let _ = (admission, saw.filter(|_| origin.ours));",
+        catchers: &[Simulation("200")],
+    },
+    Mutant {
+        name: "tier-unknown-change",
+        protection: "a change that no transaction is named with makes a node take nothing for a while",
+        file: "src/admission.rs",
+        text: "            Some(xid) => drop(self.slot(key).told.fetch_max(xid, Ordering::AcqRel)),\n            None => self.doubt(),",
+        instead: "            Some(xid) => drop(self.slot(key).told.fetch_max(xid, Ordering::AcqRel)),\n            None => {}",
+        catchers: &[Unit("what_a_message_told")],
+    },
+    Mutant {
+        name: "tier-seal",
+        protection: "what was not sealed under this name, on this server, is no row",
+        file: "src/tier/seal.rs",
+        text: "seal(server, name, facts, body).verify_truncated_left(tag).ok()?;",
+        instead: "let _ = (seal(server, name, facts, body), tag);",
+        catchers: &[Unit("damaged_bytes_are_nothing"), Test("tier", "a_tier_that_lies"), Simulation("60")],
+    },
+    Mutant {
+        name: "tier-asked-anew",
+        protection: "whether a row may be taken is decided by the node, not by the server's script",
+        file: "src/tier/source.rs",
+        text: "admission.admit(key, self.store.word(), sealed.saw, sealed.lsn)",
+        instead: "(Some(self.shared.host.now()).filter(|_| admission.needs(key, self.store.word()).is_some()))",
+        catchers: &[Simulation("60")],
+    },
+    Mutant {
+        name: "tier-same",
+        protection: "a value is taken only if it is encoded to the bytes that it was made of",
+        file: "src/tier/form.rs",
+        text: "            if (self.encode)(&value)? == bytes {",
+        instead: "            if !bytes.is_empty() {",
+        catchers: &[Unit("what_another_version_of_the_service")],
+    },
+    Mutant {
+        name: "tier-rest",
+        protection: "a tier that does not answer is left alone for a while",
+        file: "src/tier.rs",
+        text: "        self.tries_at.swap(nanos(now + REST), Ordering::AcqRel) == 0",
+        instead: "        self.tries_at.swap(0 * nanos(now + REST), Ordering::AcqRel) == 0",
+        catchers: &[Unit("a_tier_that_fails_is_tried"), Test("tier", "a_tier_that_is_down")],
+    },
+];
