@@ -3,6 +3,10 @@
 use std::{fs, net::TcpListener, path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use redis::aio::MultiplexedConnection;
 use tempfile::TempDir;
 use tokio::{
@@ -94,6 +98,17 @@ impl RedisServer {
             process.kill().await?;
         }
         Ok(())
+    }
+
+    /// Stops its process, as it is, or lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run.
+    pub fn freeze(&self, frozen: bool) -> Result<()> {
+        let id = self.process.as_ref().and_then(Child::id).context("it does not run")?;
+        let signal = if frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
+        Ok(kill(Pid::from_raw(i32::try_from(id)?), signal)?)
     }
 
     fn dump(&self) -> PathBuf {

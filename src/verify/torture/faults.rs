@@ -5,6 +5,7 @@ mod network;
 mod process;
 mod queue;
 mod server;
+mod tier;
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -49,10 +50,12 @@ pub(super) enum Fault {
     Storm,
     /// Rows panic when they are decoded.
     Panic,
+    /// The tier is flushed, killed, stopped, or restored from an old dump.
+    Tier,
 }
 
 /// In this order they are listed.
-pub(super) const ALL: [Fault; 16] = [
+pub(super) const ALL: [Fault; 17] = [
     Fault::Calm,
     Fault::Terminate,
     Fault::KillBackend,
@@ -69,6 +72,7 @@ pub(super) const ALL: [Fault; 16] = [
     Fault::Ddl,
     Fault::Storm,
     Fault::Panic,
+    Fault::Tier,
 ];
 
 impl fmt::Display for Fault {
@@ -90,6 +94,7 @@ impl fmt::Display for Fault {
             Self::Ddl => "ddl",
             Self::Storm => "storm",
             Self::Panic => "panic",
+            Self::Tier => "tier",
         };
         f.pad(name)
     }
@@ -127,6 +132,8 @@ pub(super) enum Shows {
     /// Loads failed, and rows panicked.
     Panicked,
     Cancelled,
+    /// The tier did not answer.
+    Tier,
     /// Who did it saw it done.
     Itself(bool),
 }
@@ -145,6 +152,7 @@ impl Done {
             Shows::Cleared => counts.clears > 0,
             Shows::Panicked => counts.panics > 0 && counts.failed > 0,
             Shows::Cancelled => counts.cancelled > 0,
+            Shows::Tier => counts.tier_failed > 0,
             Shows::Itself(seen) => seen,
         }
     }
@@ -185,6 +193,7 @@ impl Fault {
             Self::Network => network::disturb(nodes, rng).await,
             Self::Flood => queue::flood(world, rng).await,
             Self::Forged => queue::forge(world, rng).await,
+            Self::Tier => tier::disturb(world, rng).await,
             Self::Ddl => catalogue::change(world, rng).await,
         }
         .with_context(|| format!("the fault `{self}` could not be produced"))

@@ -47,11 +47,11 @@ It starts a throw-away Postgres and several processes, each a node with its tabl
 reads in every mode, and breaks things, one at a time. Every write and every read is noted, and the
 notes of each episode are checked. Exit status 0: nothing was found, and nothing was left untried.
 1: something was; the shortest story that shows it, where the notes are, and how to play the episode
-again are printed. An episode played again has the same fault and the same plans, though not the
+again are printed. One of the tables has a tier in front of it if `redis-server` is installed. An episode played again has the same fault and the same plans, though not the
 same timing.
 
 Faults: calm, terminate, kill-backend, freeze-listener, freeze-writer, freeze-node, kill-node,
-network, crash, promote, sync, flood, forged, ddl, storm, panic. `docs/torture.md` says what they do.";
+network, crash, promote, sync, flood, forged, ddl, storm, panic, tier. `docs/torture.md` says what they do.";
 
 #[derive(clap::Args)]
 pub(super) struct Options {

@@ -25,7 +25,7 @@ use super::{
     table::{ON_PURPOSE, PANIC_EVERY, PLACES, Place, Row},
     wire::{Kind, Order, RawNote, Setup, Told, machine_time, nanos, now},
 };
-use crate::{Change, Event, Events, Fallback, KeyHash, Node, Rows, Status, Table, TableOptions};
+use crate::{Change, Event, Events, Fallback, KeyHash, Node, Rows, Status, Table, TableOptions, Tier};
 
 /// Messages to the run that may wait.
 const TOLD_MAX: usize = 256;
@@ -151,6 +151,10 @@ async fn start(setup: Setup, told: mpsc::Sender<Told>) -> Result<Arc<Subject>> {
     for place in &PLACES {
         let options = TableOptions::default().capacity(setup.kind.capacity());
         let options = options.refill(if setup.kind == Kind::Redundant { 50 } else { 0 });
+        let options = match &setup.tier {
+            Some(url) if place.tiered => options.tier::<Row>(&Tier::redis(url)?),
+            _ => options,
+        };
         let table: Table<Key, Row> = node.table_with(place.name, options.clone()).await?;
         stale.push(
             node.table_with(place.name, options.fallback(Fallback::ServeStale { max: super::wire::LEASE * 4 })).await?,

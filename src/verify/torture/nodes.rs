@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    super::{history::NodeId, history::Time, proxy::Proxy},
+    super::{history::NodeId, history::Time, proxy::Proxy, redis::RedisServer},
     wire::{Attempt, Kind, Order, PATIENCE, Quiet, RawNote, RawRead, Setup, Told},
     world::World,
 };
@@ -94,6 +94,7 @@ impl Nodes {
             listens: !world.log_only || n.is_multiple_of(2),
             pool: pool.url(&url),
             listener: listener.url(&url),
+            tier: world.redis.as_ref().map(RedisServer::url),
         };
         let log = File::create(self.directory.join(format!("node-{id}.log"))).context("cannot write a node's log")?;
         let mut command = Command::new(std::env::current_exe()?);

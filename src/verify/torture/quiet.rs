@@ -112,6 +112,9 @@ fn counts(subject: &Subject) -> Counts {
         counts.failed += stats.failed;
         counts.clears += stats.clears;
         counts.invalidations += stats.invalidations;
+        counts.tier_hits += stats.tier.hits;
+        counts.tier_refused += stats.tier.refused + stats.tier.misses;
+        counts.tier_failed += stats.tier.failed;
     }
     counts
 }

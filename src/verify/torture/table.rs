@@ -20,13 +20,22 @@ pub(super) struct Place {
     pub(super) how: &'static str,
     /// By way of the change log, in every run.
     logged: bool,
+    /// It has a tier, if there is one.
+    pub(super) tiered: bool,
 }
 
 /// Statements that change more keys than this are told as a change of the whole table.
 pub(super) const PLACES: [Place; 3] = [
-    Place { name: "torture.item", first: 1, keys: 120, how: "max_keys => 40", logged: false },
-    Place { name: "torture.secret", first: 1001, keys: 60, how: "max_keys => 20, hash_keys => true", logged: false },
-    Place { name: "torture.lone", first: 2001, keys: 40, how: "level => 'row'", logged: true },
+    Place { name: "torture.item", first: 1, keys: 120, how: "max_keys => 40", logged: false, tiered: true },
+    Place {
+        name: "torture.secret",
+        first: 1001,
+        keys: 60,
+        how: "max_keys => 20, hash_keys => true",
+        logged: false,
+        tiered: false,
+    },
+    Place { name: "torture.lone", first: 2001, keys: 40, how: "level => 'row'", logged: true, tiered: false },
 ];
 
 impl Place {
@@ -72,9 +81,10 @@ impl Place {
 }
 
 /// A row, as a node holds it.
+#[derive(PartialEq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Row {
     pub(super) number: u64,
-    /// When it was decoded, by the machine's clock.
+    /// When it was decoded, by the machine's clock, by the node that read it from Postgres.
     pub(super) decoded: Time,
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    super::{checker::Report, history::Outcome, history::Write},
+    super::{checker::Report, history::Outcome, history::Write, redis::RedisServer},
     faults::Fault,
     nodes::Notes,
     wire::{Asked, Counts},
@@ -68,6 +68,7 @@ impl Tally {
             ("gaps", if needs_gap { counts.gaps } else { 1 }),
             ("loads around the cache", if needs_gap { counts.uncached } else { 1 }),
             ("old rows", if needs_gap { counts.stale } else { 1 }),
+            ("rows of the tier that were taken", if RedisServer::is_installed() { counts.tier_hits } else { 1 }),
             ("deletions", self.deletions),
             ("rolled back writes", self.rolled_back),
         ]
@@ -117,6 +118,13 @@ impl Tally {
                 self.lines_lost,
                 self.recovery_max.as_secs_f64(),
                 self.memory_max >> 20
+            ),
+        );
+        line(
+            "tier",
+            format!(
+                "{} rows taken, {} not there or too old, {} asked for in vain",
+                counts.tier_hits, counts.tier_refused, counts.tier_failed
             ),
         );
         for (fault, (survived, seen)) in &self.faults {

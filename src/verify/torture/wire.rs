@@ -21,6 +21,8 @@ pub(super) struct Setup {
     pub(super) pool: String,
     /// For the line.
     pub(super) listener: String,
+    /// The address of the tier.
+    pub(super) tier: Option<String>,
 }
 
 /// What a node is like.
@@ -247,6 +249,10 @@ pub(super) struct Counts {
     /// Calls that were cancelled, and rows whose decoding panicked.
     pub(super) cancelled: u64,
     pub(super) panics: u64,
+    /// Rows of the tier that were taken, and that were not; and times that it did not answer.
+    pub(super) tier_hits: u64,
+    pub(super) tier_refused: u64,
+    pub(super) tier_failed: u64,
     /// Memory of the process, in bytes.
     pub(super) memory: u64,
 }
@@ -268,7 +274,7 @@ impl Counts {
         grown
     }
 
-    fn all(&mut self) -> [&mut u64; 16] {
+    fn all(&mut self) -> [&mut u64; 19] {
         [
             &mut self.hits,
             &mut self.stale,
@@ -285,6 +291,9 @@ impl Counts {
             &mut self.overflows,
             &mut self.cancelled,
             &mut self.panics,
+            &mut self.tier_hits,
+            &mut self.tier_refused,
+            &mut self.tier_failed,
             &mut self.memory,
         ]
     }

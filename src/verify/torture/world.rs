@@ -10,7 +10,10 @@ use tokio::{
 use tokio_postgres::Client;
 
 use super::{
-    super::history::{Key, Time},
+    super::{
+        history::{Key, Time},
+        redis::RedisServer,
+    },
     plan,
     table::PLACES,
     timeline::Timeline,
@@ -45,6 +48,9 @@ pub(super) struct World {
     /// All tables are told by way of the change log, and not the last one alone.
     pub(super) log_only: bool,
     run: u32,
+    /// What the tier is, if it is installed; and what was in it once, and when.
+    pub(super) redis: Option<RedisServer>,
+    pub(super) dump: Option<(Time, Vec<u8>)>,
 }
 
 impl World {
@@ -73,7 +79,9 @@ impl World {
         }
         let timeline = Timeline::new(server.port());
         let phase = watch::Sender::new(Phase::Stop);
-        Ok(Self { server, former: None, origin: machine_time(), timeline, phase, log_only, run: 0 })
+        let redis = if RedisServer::is_installed() { Some(RedisServer::start().await?) } else { None };
+        let (former, dump) = Default::default();
+        Ok(Self { server, former, origin: machine_time(), timeline, phase, log_only, run: 0, redis, dump })
     }
 
     pub(super) fn now(&self) -> Time {
