@@ -8,7 +8,8 @@
 //! * its load came after the *floor*: after a fence that was sent when the gate already showed the word that it shows now. So it saw
 //!   whatever was committed in a gap, before the node began to listen, or while triggers were off (I1, X32);
 //! * its load saw no less than any that this node has handed out for the key (I2, X33): the slot has, of those, the largest number of
-//!   transactions that had ended.
+//!   transactions that had ended. Once a fence counts in whose snapshot as many had ended, all that those loads saw has been applied,
+//!   and the first two see to it.
 //!
 //! That number orders what loads saw. On one primary, of two snapshots one shows all that the other shows, so that the one with more
 //! ended transactions is the later one, and the same number is the same snapshot (`Snapshot::sight`).
@@ -29,9 +30,9 @@ use crate::{
     sync::{AtomicU64, Mutex, Ordering, lock},
 };
 
-/// More of them: fewer rows are refused because of another key. 64 kB for each cache that has a tier.
+/// More of them: fewer rows are refused because of another key. 256 kB for each cache that has a tier.
 #[cfg(not(shuttle))]
-const SLOTS: usize = 4096;
+const SLOTS: usize = 16_384;
 #[cfg(shuttle)]
 const SLOTS: usize = 1;
 
@@ -69,6 +70,8 @@ struct Since {
     word: Word,
     /// What ended before that fence was sent has an id below this.
     xmax: u64,
+    /// How many transactions had ended when the last fence that counts was sent: what they did has been applied.
+    covered: u64,
     /// That fence, and later ones: when each was sent, and the position in the log. There is at least one.
     fences: VecDeque<(Boot, u64)>,
 }
@@ -132,10 +135,14 @@ impl Admission {
         let mut floor = lock(&self.floor);
         match &mut *floor {
             _ if !word.is_coherent() => *floor = Floor::Unknown,
-            Floor::At(since) if since.word == word => since.push(sent, mark.lsn),
+            Floor::At(since) if since.word == word => since.push(sent, mark),
             Floor::Soon(soon) if *soon == word => {
-                *floor =
-                    Floor::At(Since { word, xmax: mark.snapshot.xmax(), fences: VecDeque::from([(sent, mark.lsn)]) });
+                *floor = Floor::At(Since {
+                    word,
+                    xmax: mark.snapshot.xmax(),
+                    covered: mark.snapshot.sight().ended,
+                    fences: VecDeque::from([(sent, mark.lsn)]),
+                });
             }
             _ => *floor = Floor::Soon(word),
         }
@@ -143,12 +150,13 @@ impl Admission {
 
     /// What the load of a row with this key must have seen; `None`: nothing is admitted now. `shown` is what the gate shows.
     pub(crate) fn needs<K: Key>(&self, key: &K, shown: Word) -> Option<Needs> {
-        let xmax = match &*lock(&self.floor) {
-            Floor::At(since) if since.word == shown => since.xmax,
+        let (xmax, covered) = match &*lock(&self.floor) {
+            Floor::At(since) if since.word == shown => (since.xmax, since.covered),
             _ => return None,
         };
         let slot = self.slot(key);
-        let (told, ended) = (slot.told.load(Ordering::Acquire), slot.given.load(Ordering::Acquire));
+        let (told, given) = (slot.told.load(Ordering::Acquire), slot.given.load(Ordering::Acquire));
+        let ended = if given <= covered { 0 } else { given };
         Some(Needs { xmin: xmax.max(told.saturating_add(1)), ended })
     }
 
@@ -167,7 +175,8 @@ impl Admission {
 
 impl Since {
     /// Remembers this fence; of those from long ago, fewer and fewer.
-    fn push(&mut self, sent: Boot, lsn: u64) {
+    fn push(&mut self, sent: Boot, mark: &Mark) {
+        self.covered = self.covered.max(mark.snapshot.sight().ended);
         if self.fences.len() >= FENCES_MAX {
             let mut n = 0;
             let recent = FENCES_MAX / 2;
@@ -176,7 +185,7 @@ impl Since {
                 n > recent || n % 2 == 1
             });
         }
-        self.fences.push_back((sent, lsn));
+        self.fences.push_back((sent, mark.lsn));
     }
 }
 
@@ -260,6 +269,11 @@ mod tests {
         assert_eq!(admission.admit(&1, word, sight("21:30:21,22,25"), 900), None, "25 had not ended yet");
         assert!(admission.admit(&1, word, sight("21:30:21,22"), 900).is_some(), "the same snapshot");
         assert!(admission.admit(&1, word, sight("21:30:22"), 900).is_some());
+        let before = admission.needs(&1, word).expect("a floor");
+        admission.advance(word, at(3), &mark("21:29:21,22", 200));
+        assert_eq!(admission.needs(&1, word), Some(before), "28 of 30 had ended then, and here 27 of 29");
+        admission.advance(word, at(4), &mark("21:31:21,22,23", 300));
+        assert_eq!(admission.needs(&1, word), Some(Needs { ended: 0, ..before }), "all that it saw has been applied");
         admission.given(&1, None);
         assert_eq!(admission.needs(&1, word), None);
     }

@@ -64,6 +64,7 @@
 //! | `open` | opens caches: what they depend on, and what keeps them going |
 //! | `view` | entries that are made of several rows |
 //! | `memo` | functions whose values are kept |
+//! | `preloaded` | small tables, held in whole |
 //! | `warm_up` | loads rows before anybody asks for them |
 //! | `tier` | rows that nodes share outside of Postgres |
 //! | `tags` | what entries of a view depend on that only their loader knows |
@@ -145,6 +146,7 @@ mod node;
 mod open;
 mod options;
 mod postgres;
+mod preloaded;
 mod refill;
 mod refresh;
 mod relay;
@@ -186,6 +188,7 @@ pub use postgres::{
     built::{BoxError, Building},
     install, migrate,
 };
+pub use preloaded::{AllRows, Preloaded, PreloadedRow};
 pub use stats::{Audits, LoadTimes, NodeStats, Stats, TierStats};
 pub use status::{Event, Events, Status};
 pub use store::Cached;

@@ -101,6 +101,21 @@ pg_test! {
         }
     }
 
+    async fn eight_nodes_and_a_thousand_callers_run_a_function_once(test: Test) {
+        // It starts its own server.
+        if test.version != Version::V15 {
+            return;
+        }
+        let mut demo = Example::start("eight_nodes", &[]);
+        let mut last = String::new();
+        let mut runs = Vec::new();
+        while !last.contains("as it should be") {
+            last = demo.line().await;
+            runs.extend(last.split_once(" run(s) in ").map(|(runs, _)| runs.trim().to_owned()));
+        }
+        assert_eq!((last.as_str(), runs), ("as it should be", ["1", "0", "2", "2"].map(String::from).to_vec()));
+    }
+
     async fn authenticated_service_refuses_a_disabled_account(test: Test) {
         let db = db(test.version, "create table accounts (id bigint primary key, name text not null, active boolean not null);
              insert into accounts values (1, 'Ada', true); select rowcache.track('public.accounts')").await;

@@ -29,6 +29,7 @@ mod hashed;
 mod memo;
 mod outage;
 mod pooler;
+mod preloaded;
 mod proxy;
 mod read_through;
 mod redundant;

@@ -7,15 +7,16 @@ use std::{collections::HashMap, io::Write as _, time::Duration};
 
 use redis::AsyncCommands as _;
 use rowcache::{
-    Freshness, Node, Table, TableOptions, Tier, TierStats, cli::temp_server::TempServer, verify::redis::RedisServer,
+    Config, Freshness, Node, Table, TableOptions, Tier, TierStats, cli::temp_server::TempServer,
+    verify::redis::RedisServer,
 };
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
 use crate::{
     fixture::{self, KILL_LISTENERS, gap_and_recovery, hasty, users_db_on},
     support::{
-        TestDb, Version, eventually,
-        proxy::{Flow, Proxy},
+        PATIENCE, TestDb, Version, eventually,
+        proxy::{Direction, Flow, Proxy},
         server,
     },
 };
@@ -165,6 +166,55 @@ pg_test! {
         settled(&node).await;
         assert_eq!(name(&users, 1).await.as_deref(), Some("changed"));
         assert_eq!(identity(&users).hits, 0);
+    }
+
+    /// X33: a row that was read and evicted, before any message told of it.
+    async fn x33_nobody_goes_back_to_what_the_tier_has_of_before(test: Test) {
+        let Some(redis) = redis().await else { return };
+        let (_alone, db) = alone(test.version).await;
+        db.execute("insert into public.users select n, 'user ' || n from generate_series(11, 2000) n").await;
+        let tier = tier(&redis.url());
+        let (_one, writes) = user_node(&db, &tier).await;
+        name(&writes, 1).await;
+        written(&writes, 1).await;
+        let mut connection = redis.connect().await.expect("connects");
+        let names: Vec<String> = connection.keys("rowcache:*").await.expect("names");
+        let old: Vec<u8> = connection.get(&names[0]).await.expect("the old row");
+
+        // A node that hears of nothing for as long as this takes, and does not mind.
+        let proxy = Proxy::start(db.port).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.listener = Config::from_url(&proxy.url(&db.url)).expect("a good URL").listener;
+        (config.beat_timeout, config.lease) = (4 * PATIENCE, 5 * PATIENCE);
+        let node = Node::start(config).await.expect("starts");
+        let options = TableOptions::default().capacity(1).tier::<User>(&tier);
+        let users: Users = node.table_with("public.users", options).await.expect("opens");
+        settled(&node).await;
+        // Loaded after its floor.
+        writes.invalidate(&1).await.expect("forgotten");
+        let _: () = connection.del(&names[0]).await.expect("deleted");
+        name(&users, 1).await;
+        written(&users, 1).await;
+        let before: Vec<u8> = connection.get(&names[0]).await.expect("the row of before");
+        assert_ne!(before, old);
+        proxy.set(Direction::Down, Flow::Stall);
+        db.execute(USER_1).await;
+        // Out of its memory, by others.
+        let push_out = async |from: i64| {
+            let mut id = from;
+            while users.peek(&1).is_known() {
+                name(&users, id).await;
+                id += 1;
+            }
+        };
+        push_out(11).await;
+        let _: () = connection.del(&names[0]).await.expect("deleted");
+        assert_eq!(name(&users, 1).await.as_deref(), Some("changed"), "from Postgres, before any message");
+        eventually("it is in the tier", async || connection.clone().get::<_, Option<Vec<u8>>>(&names[0]).await.expect("a row").is_some_and(|row| row[0] == b'v')).await;
+        push_out(1000).await;
+        let _: () = connection.set(&names[0], &before).await.expect("set");
+        assert_eq!(name(&users, 1).await.as_deref(), Some("changed"), "and not what the tier has of before");
+        proxy.set(Direction::Down, Flow::Pass);
     }
 
     async fn what_is_restored_from_an_old_dump_is_not_taken(test: Test) {

@@ -7,6 +7,7 @@
 //! | `torture`, `proxy` | real Postgres, real processes, real faults |
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
 //! | `transports` | measures what NOTIFY and the change log cost, and how soon nodes know |
+//! | `tier` | measures what a tier costs, and what it spares Postgres |
 //! | `mutants` | takes out one protection after another, and sees that something notices |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
@@ -21,6 +22,7 @@ pub mod proxy;
 pub mod redis;
 pub mod simulation;
 mod story;
+mod tier;
 mod torture;
 mod transports;
 
@@ -54,6 +56,9 @@ enum Command {
     /// Measures what tracking a table costs its writers, and how soon nodes know: by NOTIFY and by way of the change log.
     #[command(after_help = transports::HELP)]
     Transports(transports::Options),
+    /// Measures what a read by way of a tier costs, and what a tier spares Postgres.
+    #[command(after_help = tier::HELP)]
+    Tier(tier::Options),
     /// Runs many nodes in one thread, with a simulated database, network and clock, from a seed.
     Simulate(Simulate),
 }
@@ -75,6 +80,7 @@ impl Cli {
             Command::Torture(options) => torture::torture(&options).await,
             Command::TortureNode => torture::run_node().await,
             Command::Transports(options) => transports::measure(&options).await,
+            Command::Tier(options) => tier::measure(&options).await,
             Command::Simulate(what) => Ok(tokio::task::spawn_blocking(move || simulation::simulate(&what)).await?),
         }
     }

@@ -26,8 +26,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "tier-floor-xmax",
         protection: "a load from before the floor did not see all that ended before it (X32)",
         file: "src/admission.rs",
-        text: "Floor::At(Since { word, xmax: mark.snapshot.xmax(), fences: VecDeque::from([(sent, mark.lsn)]) })",
-        instead: "Floor::At(Since { word, xmax: 0, fences: VecDeque::from([(sent, 0)]) })",
+        text: "                    xmax: mark.snapshot.xmax(),\n                    covered: mark.snapshot.sight().ended,\n                    fences: VecDeque::from([(sent, mark.lsn)]),",
+        instead: "                    xmax: 0,\n                    covered: mark.snapshot.sight().ended,\n                    fences: VecDeque::from([(sent, 0)]),",
         catchers: &[
             Unit("x32_what_was_loaded_before"),
             Test("tier", "x32_what_was_put_in_before_a_gap"),
@@ -47,8 +47,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "tier-word",
         protection: "a floor is good while the gate shows what it showed",
         file: "src/admission.rs",
-        text: "            Floor::At(since) if since.word == shown => since.xmax,",
-        instead: "            Floor::At(since) if since.word == shown || since.word.is_coherent() => since.xmax,",
+        text: "            Floor::At(since) if since.word == shown => (since.xmax, since.covered),",
+        instead: "            Floor::At(since) if since.word == shown || since.word.is_coherent() => (since.xmax, since.covered),",
         catchers: &[Unit("nothing_is_admitted_before_a_fence"), Simulation("200")],
     },
     Mutant {
@@ -57,7 +57,15 @@ pub(super) const MUTANTS: &[Mutant] = &[
         file: "src/store/publish.rs",
         text: "            admission.given(key, saw.filter(|_| origin.ours));",
         instead: "            let _ = (admission, saw.filter(|_| origin.ours));",
-        catchers: &[Simulation("200")],
+        catchers: &[Test("tier", "x33_")],
+    },
+    Mutant {
+        name: "tier-covered",
+        protection: "what was handed out counts until a fence covers it (X33)",
+        file: "src/admission.rs",
+        text: "        let ended = if given <= covered { 0 } else { given };",
+        instead: "        let ended = if given <= covered + 1000 { 0 } else { given };",
+        catchers: &[Unit("x33_what_was_handed_out"), Test("tier", "x33_")],
     },
     Mutant {
         name: "tier-unknown-change",

@@ -58,6 +58,7 @@ impl Item {
 }
 
 /// How the nodes of a run are set up.
+#[expect(clippy::struct_excessive_bools, reason = "they have nothing to do with each other")]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     pub(super) capacity: usize,
