@@ -77,7 +77,7 @@ async fn user_nodes<const N: usize>(db: &TestDb, tier: &Tier) -> [(Node, Users);
     for _ in 0..N {
         nodes.push(user_node(db, tier).await);
     }
-    nodes.try_into().ok().expect("as many")
+    nodes.try_into().unwrap_or_else(|_| unreachable!("as many"))
 }
 
 async fn name(users: &Users, id: i64) -> Option<String> {
@@ -191,7 +191,6 @@ pg_test! {
         let users: Users = node.table_with("public.users", options).await.expect("opens");
         settled(&node).await;
         // Loaded after its floor.
-        writes.invalidate(&1).await.expect("forgotten");
         let _: () = connection.del(&names[0]).await.expect("deleted");
         name(&users, 1).await;
         written(&users, 1).await;
@@ -213,7 +212,9 @@ pg_test! {
         eventually("it is in the tier", async || connection.clone().get::<_, Option<Vec<u8>>>(&names[0]).await.expect("a row").is_some_and(|row| row[0] == b'v')).await;
         push_out(1000).await;
         let _: () = connection.set(&names[0], &before).await.expect("set");
+        let asked = identity(&users).asked;
         assert_eq!(name(&users, 1).await.as_deref(), Some("changed"), "and not what the tier has of before");
+        assert_eq!(identity(&users).asked, asked + 1, "which was asked");
         proxy.set(Direction::Down, Flow::Pass);
     }
 
@@ -389,7 +390,7 @@ pg_test! {
         eventually("the tier has them", async || users.stats().tier.written >= 499).await;
         let asked = async || {
             let stats: String = redis.ask(&["INFO", "commandstats"]).await.expect("statistics");
-            let calls = |line: &str| Some(line.strip_prefix("cmdstat_evalsha:calls=")?.split(',').next()?.parse::<u64>().ok()?);
+            let calls = |line: &str| line.strip_prefix("cmdstat_evalsha:calls=")?.split(',').next()?.parse::<u64>().ok();
             stats.lines().find_map(calls).unwrap_or(0)
         };
         let before = asked().await;
