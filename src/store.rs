@@ -429,11 +429,11 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         if let Some(flight) = flights.get_mut(key) {
             flight.void();
         }
+        self.take_ticket_away(key);
+        let removed = self.entries.remove(key);
         if let Some(admission) = &self.admission {
             admission.told(key, by.and_then(|change| change.xid));
         }
-        self.take_ticket_away(key);
-        let removed = self.entries.remove(key);
         if removed.entry().is_some() {
             self.note(|| TableEvent::Invalidated { key: key.clone(), by: Cause::of(by) });
         }

@@ -37,12 +37,12 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         });
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
-        self.take_ticket_away(key);
         if let (Some(admission), Ok(_)) = (&self.admission, &made) {
             // Whether it is kept or not: somebody gets it, and nobody may get an older one after that (X33).
             let saw = received.earlier.map(|earlier| earlier.saw).or(origin.stamp.saw);
             admission.given(key, saw.filter(|_| origin.ours));
         }
+        self.take_ticket_away(key);
         let word = self.gate.word();
         let (mut removed, mut published) = (Removed::default(), false);
         let overtaken = self.tags().is_some_and(|tags| {
