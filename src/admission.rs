@@ -37,7 +37,7 @@ const SLOTS: usize = 16_384;
 const SLOTS: usize = 1;
 
 /// How many fences are remembered, for the age of what is admitted.
-const FENCES_MAX: usize = 64;
+const FENCES_MAX: usize = 128;
 
 /// What a cache knows of the keys of a tier.
 pub(crate) struct Admission {
@@ -174,16 +174,21 @@ impl Admission {
 }
 
 impl Since {
-    /// Remembers this fence; of those from long ago, fewer and fewer.
+    /// Remembers this fence; of those from long ago, fewer and fewer: they lie apart by a quarter of their age at most, or are neighbours.
     fn push(&mut self, sent: Boot, mark: &Mark) {
         self.covered = self.covered.max(mark.snapshot.sight().ended);
         if self.fences.len() >= FENCES_MAX {
-            let mut n = 0;
-            let recent = FENCES_MAX / 2;
-            self.fences.retain(|_| {
-                n += 1;
-                n > recent || n % 2 == 1
-            });
+            let mut kept: VecDeque<(Boot, u64)> = VecDeque::with_capacity(FENCES_MAX);
+            for (n, fence) in self.fences.iter().enumerate() {
+                let is_needed = match (kept.back(), self.fences.get(n + 1)) {
+                    (Some((before, _)), Some((after, _))) => *after - *before > sent.saturating_sub(*after) / 4,
+                    _ => true,
+                };
+                if is_needed {
+                    kept.push_back(*fence);
+                }
+            }
+            self.fences = kept;
         }
         self.fences.push_back((sent, mark.lsn));
     }
@@ -289,7 +294,7 @@ mod tests {
         for fence in 0..10_000 {
             let (said, sent) = (age(200 + 100 * fence + 50), 3 + fence);
             assert!(said <= sent, "older than it is, never younger: {said} {sent}");
-            assert!(sent - said <= 2 + (10_000 - fence) / 2, "by half of it at most: {said} of {sent}");
+            assert!(sent - said <= 2 + (10_000 - fence) / 4, "by a quarter of it at most: {said} of {sent}");
         }
         let Floor::At(since) = &*lock(&admission.floor) else { panic!("a floor") };
         assert!(since.fences.len() <= FENCES_MAX);
