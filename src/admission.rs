@@ -181,7 +181,9 @@ impl Since {
             let mut kept: VecDeque<(Boot, u64)> = VecDeque::with_capacity(FENCES_MAX);
             for (n, fence) in self.fences.iter().enumerate() {
                 let is_needed = match (kept.back(), self.fences.get(n + 1)) {
-                    (Some((before, _)), Some((after, _))) => *after - *before > sent.saturating_sub(*after) / 4,
+                    (Some((before, _)), Some((after, _))) => {
+                        after.saturating_sub(*before) > sent.saturating_sub(*after) / 4
+                    }
                     _ => true,
                 };
                 if is_needed {
