@@ -56,7 +56,7 @@ struct Slot {
 }
 
 /// From when on the slots tell of every change.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Floor {
     Unknown,
     /// A fence counts, but may have been sent before the gate showed this.
@@ -65,7 +65,7 @@ enum Floor {
     At(Since),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Since {
     word: Word,
     /// What ended before that fence was sent has an id below this.
@@ -87,9 +87,14 @@ pub(crate) struct Needs {
 
 impl Admission {
     pub(crate) fn new() -> Self {
+        Self::with_slots(SLOTS)
+    }
+
+    /// With other bounds: for the model, which has one slot.
+    pub(crate) fn with_slots(slots: usize) -> Self {
         let slot = || Slot { told: AtomicU64::new(0), given: AtomicU64::new(0) };
         Self {
-            slots: (0..SLOTS).map(|_| slot()).collect(),
+            slots: (0..slots).map(|_| slot()).collect(),
             hasher: DefaultHashBuilder::default(),
             floor: Mutex::new(Floor::Unknown),
         }
@@ -97,7 +102,7 @@ impl Admission {
 
     fn slot<K: Key>(&self, key: &K) -> &Slot {
         #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
-        let slot = self.hasher.hash_one(key) as usize % SLOTS;
+        let slot = self.hasher.hash_one(key) as usize % self.slots.len();
         &self.slots[slot]
     }
 
@@ -193,6 +198,60 @@ impl Since {
             self.fences = kept;
         }
         self.fences.push_back((sent, mark.lsn));
+    }
+}
+
+/// The model of `src/verify/model/` keeps the states of a node, and tells them apart. It has no clock for ages.
+#[cfg(feature = "verify")]
+mod states {
+    use std::{
+        fmt,
+        hash::{Hash, Hasher},
+    };
+
+    use super::{Admission, AtomicU64, Floor, Ordering, Slot, Word, lock};
+
+    type Facts = (Vec<(u64, u64)>, Option<(Word, Option<(u64, u64, u64)>)>);
+
+    impl Admission {
+        fn facts(&self) -> Facts {
+            let of = |number: &AtomicU64| number.load(Ordering::Acquire);
+            let floor = match &*lock(&self.floor) {
+                Floor::Unknown => None,
+                Floor::Soon(word) => Some((*word, None)),
+                Floor::At(since) => Some((since.word, Some((since.xmax, since.covered, since.fences[0].1)))),
+            };
+            (self.slots.iter().map(|slot| (of(&slot.told), of(&slot.given))).collect(), floor)
+        }
+    }
+
+    impl Clone for Admission {
+        fn clone(&self) -> Self {
+            let slots = self.facts().0.into_iter();
+            Self {
+                slots: slots.map(|(told, given)| Slot { told: told.into(), given: given.into() }).collect(),
+                hasher: self.hasher.clone(),
+                floor: super::Mutex::new(lock(&self.floor).clone()),
+            }
+        }
+    }
+
+    impl PartialEq for Admission {
+        fn eq(&self, other: &Self) -> bool {
+            self.facts() == other.facts()
+        }
+    }
+
+    impl Hash for Admission {
+        fn hash<H: Hasher>(&self, state: &mut H) {
+            self.facts().hash(state);
+        }
+    }
+
+    impl fmt::Debug for Admission {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            self.facts().fmt(f)
+        }
     }
 }
 

@@ -367,7 +367,7 @@ impl TableOptions {
     /// # Ok(())
     /// # }
     /// # #[cfg(feature = "redis")]
-    /// # example().unwrap();
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async { example().unwrap() });
     /// ```
     #[must_use]
     pub fn tier<V: PartialEq + Serialize + DeserializeOwned + 'static>(self, tier: &Tier) -> Self {

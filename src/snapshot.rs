@@ -10,7 +10,7 @@
 use std::str::FromStr;
 
 /// What a load saw, in two numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Sight {
     /// All transactions below this had ended.
     pub(crate) xmin: u64,

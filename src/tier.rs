@@ -49,8 +49,10 @@ pub(crate) use source::Tiered;
 /// change that the node has been told of, everything from before it began to listen, and whatever it has returned for the key before. What the
 /// tier lost, delayed, mixed up, or restored from an old dump is a miss. Nobody has to delete there, and nobody does.
 ///
-/// Two consequences. A node that starts, or had a gap, takes nothing that was put in before that. And a transaction that stays open for
-/// long, and has written, keeps what is read meanwhile from being taken by others.
+/// Three consequences. A node that starts, or had a gap, takes nothing that was put in before that. A transaction that stays open for
+/// long, and has written, keeps what is read meanwhile from being taken by others. And after what no transaction is named with
+/// ([`Table::invalidate`](crate::Table::invalidate), [`clear`](crate::Table::clear), a [`snapshot`](crate::Table::snapshot) that read Postgres, a row that was
+/// [put](crate::Ticket::put)) the node takes nothing until two more fences have come back: up to two [beats](crate::Config::beat).
 ///
 /// # When it fails
 ///

@@ -26,6 +26,19 @@ pub struct RedisServer {
 /// How long a server may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+impl Drop for RedisServer {
+    /// Nothing of it is left when this returns.
+    fn drop(&mut self) {
+        let Some(mut process) = self.process.take() else { return };
+        if process.start_kill().is_ok() {
+            let deadline = std::time::Instant::now() + Duration::from_secs(1);
+            while matches!(process.try_wait(), Ok(None)) && std::time::Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
 impl RedisServer {
     /// Whether there is a program to start.
     #[must_use]

@@ -62,7 +62,8 @@ impl State {
         match self.node.inbox.remove(0) {
             Message::Change { txn, key } => {
                 let key = usize::from(key);
-                self.node.invalidate(context, key);
+                let xid = self.world.txns[usize::from(txn)].xid;
+                self.node.invalidate(context, key, Some(xid));
                 self.remember(context, txn, Some(key));
             }
             Message::All { txn } => {
@@ -263,6 +264,8 @@ impl State {
     pub(super) fn queue_fence(&mut self, context: &Context<'_>, n: usize) {
         let Statement { server, nonce, executed, .. } = self.node.statements[n];
         let horizon = executed.expect("it was executed");
+        // Its own record, which is behind its mark.
+        self.world.servers[usize::from(server)].lsn += u8::from(context.setup.puts > 0);
         self.world.servers[usize::from(server)].queue.push(Message::Fence { nonce, horizon });
         self.wake(server);
         if context.rules.on(Protection::LeaseFromSend) {
@@ -378,6 +381,11 @@ impl State {
         }
         if stays {
             return;
+        }
+        if context.setup.puts > 0 {
+            // What was not flushed is written over: positions come again.
+            let next = self.world.servers.last_mut().expect("there is a primary");
+            next.lsn = u8::try_from(next.history.len()).expect("few commits");
         }
         for line in self.node.lines.iter_mut().filter(|line| line.server == server) {
             line.whole = false;

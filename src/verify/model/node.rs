@@ -6,12 +6,14 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::{
+    admission::Admission,
     change::Mark,
     change_log,
     coherence::{Action, Boot, Coherence, Fence, Incarnation, Timing},
     fill::{Flight, Verdict},
     gate::{Before, Gate, Word, Words},
     relay::{LineId, Relay},
+    snapshot::Sight as Saw,
 };
 
 use super::{
@@ -39,6 +41,15 @@ pub(super) struct Sight {
     pub(super) version: Version,
     pub(super) incarnation: u8,
     pub(super) lsn: u8,
+    /// If there is a tier.
+    pub(super) saw: Option<Saw>,
+}
+
+/// A row in the tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Put {
+    pub(super) key: usize,
+    pub(super) sight: Sight,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -94,6 +105,7 @@ pub(super) struct Position {
 pub(super) struct Node {
     pub(super) gates: [Gate; TABLES],
     pub(super) words: Words,
+    pub(super) admission: Admission,
     pub(super) coherence: Coherence,
     pub(super) entries: [Option<Entry>; KEYS],
     pub(super) flights: [Option<Flight<Caller>>; KEYS],
@@ -133,6 +145,7 @@ pub(super) struct Left {
     pub(super) failovers: u8,
     pub(super) rotations: u8,
     pub(super) suspends: u8,
+    pub(super) puts: u8,
 }
 
 /// Everything, at one moment.
@@ -141,6 +154,8 @@ pub(super) struct State {
     pub(super) world: World,
     pub(super) node: Node,
     pub(super) clients: Vec<Client>,
+    /// Whatever was put into it.
+    pub(super) tier: Vec<Put>,
     pub(super) left: Left,
     /// The first property that did not hold.
     pub(super) broken: Option<Property>,
@@ -206,6 +221,7 @@ impl State {
         let node = Node {
             gates: [Gate::closed(), Gate::closed()],
             words: Words::default(),
+            admission: Admission::with_slots(1),
             coherence: Coherence::new(timing, Boot::ZERO),
             entries: Default::default(),
             flights: Default::default(),
@@ -236,8 +252,10 @@ impl State {
             failovers: setup.failovers,
             rotations: setup.rotations,
             suspends: u8::from(setup.suspend > 0),
+            puts: setup.puts,
         };
-        let mut state = Self { world: World::new(), node, clients: Vec::new(), left, broken: None, watched };
+        let mut state =
+            Self { world: World::new(), node, clients: Vec::new(), tier: Vec::new(), left, broken: None, watched };
         state.node.coherence.listening(incarnation(0));
         let horizon = state.shown_horizon(context, 0);
         if setup.transport.polls() {
@@ -256,7 +274,8 @@ impl State {
     /// What a fence tells, without what nobody in this scenario looks at: fewer states.
     pub(super) fn shown_horizon(&self, context: &Context<'_>, server: u8) -> Horizon {
         let all = self.world.horizon(server);
-        let (tokens, together) = (context.setup.tokens > 0, context.setup.together);
+        let tier = context.setup.puts > 0;
+        let (tokens, together) = (context.setup.tokens > 0 || tier, context.setup.together || tier);
         Horizon {
             xmax: if tokens { all.xmax } else { 1 },
             running: if tokens { all.running } else { 0 },
@@ -276,6 +295,7 @@ impl Node {
     pub(super) fn perform(&mut self, context: &Context<'_>, actions: Vec<Action>) {
         for action in actions {
             match action {
+                Action::Advance if context.setup.puts > 0 => self.raise_floor(context),
                 Action::Advance => {}
                 Action::Open => {
                     if self.before_gap.is_some() || self.words != Words::default() {
@@ -313,6 +333,18 @@ impl Node {
         }
     }
 
+    /// What `Tables::advance` does.
+    fn raise_floor(&self, context: &Context<'_>) {
+        let (rules, word) = (context.rules, self.gates[0].word());
+        let nowhere = || Mark { snapshot: "0:0:".parse().expect("a snapshot"), lsn: 0 };
+        let mark = self.coherence.mark().filter(|_| rules.on(Protection::TierFloor)).cloned();
+        let mark = mark.unwrap_or_else(nowhere);
+        self.admission.advance(word, self.now(), &mark);
+        if !rules.on(Protection::TierSecondFence) || !rules.on(Protection::TierFloor) {
+            self.admission.advance(word, self.now(), &mark);
+        }
+    }
+
     /// What `Tables::clear` does.
     pub(super) fn clear(&mut self) {
         let word = self.words.fresh(self.coherence.bypassed().is_none());
@@ -322,8 +354,11 @@ impl Node {
     }
 
     /// What `Store::invalidate` does under the key's lock.
-    pub(super) fn invalidate(&mut self, context: &Context<'_>, key: usize) {
+    pub(super) fn invalidate(&mut self, context: &Context<'_>, key: usize, by: Option<u8>) {
         let rules = context.rules;
+        if context.setup.puts > 0 && rules.on(Protection::TierSlot) {
+            self.admission.told(&0_i64, by.map(u64::from));
+        }
         let running = self.running(key);
         if rules.on(Protection::Void) {
             match running {

@@ -66,6 +66,16 @@ pub(super) enum Protection {
     MarkOfMessage,
     /// A poll covers what is logged before its position, not at it (X24).
     PollBehind,
+    /// What a message told must have been seen by the load of a row of a tier (I1).
+    TierSlot,
+    /// That load came after the floor (X32).
+    TierFloor,
+    /// The floor is that of the second fence that counts under a word.
+    TierSecondFence,
+    /// It saw no less than what was handed out before (X33).
+    TierGiven,
+    /// A row of a tier is of the incarnation that the node listens to (X5).
+    TierSeal,
     /// Postgres: delivered implies visible (A7).
     DeliveredVisible,
     /// Postgres: LISTEN takes its place at the first message that is not committed (A8).
@@ -107,6 +117,11 @@ impl Protection {
             Self::MarkOfPoll => "a fence stands for all that its message saw",
             Self::MarkOfMessage => "a fence stands for all that its poll saw",
             Self::PollBehind => "a poll covers what is logged at its position",
+            Self::TierSlot => "messages leave no trace for rows of a tier",
+            Self::TierFloor => "rows of a tier are taken from whatever time they are",
+            Self::TierSecondFence => "the floor is that of the first fence that counts",
+            Self::TierGiven => "what was handed out leaves no trace for rows of a tier",
+            Self::TierSeal => "rows of a tier are taken whatever server they are from",
             Self::DeliveredVisible => "messages are delivered before their commit is visible",
             Self::ListenPlace => "LISTEN takes its place at the end of the queue",
         }

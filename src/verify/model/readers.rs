@@ -212,7 +212,7 @@ impl State {
             unreachable!("direct")
         };
         if context.rules.on(Protection::DirectForgets) {
-            self.node.invalidate(context, key);
+            self.node.invalidate(context, key, None);
         }
         (context.note)(Fact::DirectRead);
         self.answer(context, key, caller, (version, incarnation));

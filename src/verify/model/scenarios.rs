@@ -85,6 +85,11 @@ const LOG: Setup = Setup { transport: Transport::Log, writers: &[A, A], fences: 
 const BOTH: Setup =
     Setup { transport: Transport::Both, keys: 2, writers: &[A, B], fences: 1, asks: 1, evictions: false, ..SMALL };
 const STALE: Setup = Setup { stale: true, drops: 1, fences: 1, asks: 3, writers: &[A], evictions: false, ..SMALL };
+const TIER: Setup = Setup { puts: 2, writers: &[A, A], asks: 2, fences: 2, begin_step: true, ..SMALL };
+const TIER_GAP: Setup = Setup { puts: 1, writers: &[A], asks: 1, fences: 3, drops: 1, begin_step: true, ..SMALL };
+const TIER_CLEAR: Setup =
+    Setup { puts: 1, writers: &[ALL], asks: 1, fences: 2, mark_step: true, log_step: true, ..SMALL };
+const TIER_CRASH: Setup = Setup { puts: 1, crashes: 1, writers: &[A], asks: 1, fences: 3, ..SMALL };
 
 /// All of them, in the order of the table.
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -429,4 +434,38 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         Setup { crashes: 1, fences: 4, ..LOG },
         Property::Covered,
     ),
+    // A tier.
+    holds(
+        "tier",
+        "I1 I2 X33",
+        "rows that other nodes put into a tier, which gives back any of them at any time",
+        [TIER, Setup { puts: 3, asks: 3, writers: &[A, A, A], ..TIER }],
+        &[Fact::Taken, Fact::Refused, Fact::HitNewest, Fact::Voided],
+    ),
+    holds(
+        "tier-gap",
+        "X32",
+        "the same, with a connection that breaks",
+        [TIER_GAP, Setup { puts: 2, asks: 3, fences: 4, writers: &[A, A], ..TIER_GAP }],
+        &[Fact::Taken, Fact::Refused, Fact::Reopened],
+    ),
+    holds(
+        "tier-clear",
+        "I1",
+        "the same, with transactions that clear the table, between the snapshot of a fence and its message",
+        [TIER_CLEAR, Setup { puts: 2, asks: 2, writers: &[ALL, A], ..TIER_CLEAR }],
+        &[Fact::Taken, Fact::Refused, Fact::Cleared],
+    ),
+    holds(
+        "tier-crash",
+        "X5",
+        "the same, with a crash that loses commits",
+        [TIER_CRASH, Setup { puts: 2, writers: &[A, A], fences: 4, ..TIER_CRASH }],
+        &[Fact::Taken, Fact::Refused, Fact::Reopened],
+    ),
+    breaks("tier-no-slot", "I1", &[Protection::TierSlot], TIER, Property::Covered),
+    breaks("tier-no-floor", "X32", &[Protection::TierFloor], TIER_GAP, Property::Covered),
+    breaks("tier-first-fence", "I1", &[Protection::TierSecondFence], TIER_CLEAR, Property::Covered),
+    breaks("tier-no-given", "X33", &[Protection::TierGiven], TIER, Property::Monotonic),
+    breaks("tier-no-seal", "X5", &[Protection::TierSeal], TIER_CRASH, Property::Covered),
 ];

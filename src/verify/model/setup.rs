@@ -107,6 +107,8 @@ pub(super) struct Setup {
     pub(super) suspend: u8,
     /// Changes that the inbox holds; 0: any number.
     pub(super) inbox_max: usize,
+    /// Rows that other nodes put into a tier, which never loses one; 0: there is none.
+    pub(super) puts: u8,
 }
 
 /// One key, one writer, two reads.
@@ -134,6 +136,7 @@ pub(super) const SMALL: Setup = Setup {
     ticks: 0,
     suspend: 0,
     inbox_max: 0,
+    puts: 0,
 };
 
 /// After how many ticks entries are not served any more.
@@ -161,6 +164,7 @@ impl Setup {
         count(self.crashes, "crash");
         count(self.failovers, "failover");
         count(self.rotations, "rotation");
+        count(self.puts, "puts");
         count(self.ticks, "ticks");
         count(u8::from(self.suspend > 0), "suspend");
         if self.inbox_max > 0 {
@@ -301,6 +305,10 @@ pub(super) enum Fact {
     Cleared,
     /// A row that a gap had put out of service was served again.
     Resumed,
+    /// A row of a tier was taken, and served.
+    Taken,
+    /// A row of a tier was refused that was not what the row is.
+    Refused,
 }
 
 /// Which rules are at work.

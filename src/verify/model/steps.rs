@@ -51,6 +51,8 @@ pub(super) enum Step {
     Tick,
     Look,
     Suspend,
+    Put { key: usize, server: usize },
+    Take { load: usize, put: usize },
 }
 
 /// A scenario's model.
@@ -146,6 +148,11 @@ impl Protocol {
                 state.begin_direct(key);
             }
             Step::EndDirect(n) => state.end_direct(context, n),
+            Step::Put { key, server } => {
+                state.left.puts -= 1;
+                state.put(context, key, server);
+            }
+            Step::Take { load, put } => state.take(context, load, put),
             _ => return self.outside(state, step, context),
         }
         true
@@ -290,6 +297,9 @@ impl Protocol {
             if node.flights[key].is_some() && node.running(key).is_none() {
                 steps.push(Step::Start { key });
             }
+            if state.left.puts > 0 {
+                steps.extend((0..state.world.servers.len()).map(|server| Step::Put { key, server }));
+            }
             if setup.evictions && node.entries[key].is_some() {
                 steps.push(Step::Evict { key });
             }
@@ -310,6 +320,9 @@ impl Protocol {
         for (n, load) in node.loads.iter().enumerate() {
             if load.seen.is_none() {
                 steps.extend((0..state.world.servers.len()).map(|server| Step::Read { load: n, server }));
+                if setup.puts > 0 {
+                    steps.extend(state.takes(context, load.key).into_iter().map(|put| Step::Take { load: n, put }));
+                }
             } else if !self.rules.on(Protection::OneFinish) && load.checked.is_none() {
                 steps.push(Step::Check(n));
             } else {

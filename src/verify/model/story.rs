@@ -143,6 +143,18 @@ fn sentence(setup: &Setup, before: &State, step: Step, after: &State) -> String 
         Step::Rotate => "Rows of the log whose transactions have ended are removed.".into(),
         Step::Tick => format!("A tick passes: it is {} now.", after.world.now),
         Step::Look => "The clock's thread looks.".into(),
+        Step::Put { key, server: n } => {
+            let seen = after.tier.last().map_or_else(String::new, |put| content(put.sight.version));
+            format!(
+                "Another node reads {} = {seen} on {}, and puts it into the tier.",
+                name_of_key(key),
+                server(setup, before, n)
+            )
+        }
+        Step::Take { load, put } => {
+            let (key, seen) = (before.node.loads[load].key, before.tier[put].sight.version);
+            format!("The tier answers the load: {} = {}.", name_of_key(key), content(seen))
+        }
         Step::Suspend => format!("The machine is suspended: it is {} now.", after.world.now),
     }
 }
@@ -162,7 +174,7 @@ fn commit(setup: &Setup, before: &State, n: u8, after: &State) -> String {
         _ => "is visible, and has woken the listeners".into(),
     };
     let xid = after.world.txns[usize::from(n)].xid;
-    let id = if from == Stage::Idle && (setup.tokens > 0 || setup.transport.polls()) {
+    let id = if from == Stage::Idle && (setup.tokens > 0 || setup.puts > 0 || setup.transport.polls()) {
         format!(" (id {xid})")
     } else {
         String::new()
