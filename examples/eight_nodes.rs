@@ -49,12 +49,14 @@ impl Backend {
 }
 
 struct Fleet {
+    /// Where the audience sits.
+    outside: Runtime,
     nodes: Vec<(Runtime, Node, Permissions)>,
     backend: Backend,
 }
 
 impl Fleet {
-    fn start(url: &str) -> Result<Self, AnyError> {
+    fn start(outside: Runtime, url: &str) -> Result<Self, AnyError> {
         let mut nodes = Vec::new();
         for _ in 0..NODES {
             let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -63,7 +65,7 @@ impl Fleet {
             let permissions = runtime.block_on(open)?;
             nodes.push((runtime, node, permissions));
         }
-        Ok(Self { nodes, backend: Backend::default() })
+        Ok(Self { outside, nodes, backend: Backend::default() })
     }
 
     /// All nodes know of what has been written.
@@ -86,7 +88,7 @@ impl Fleet {
             .collect();
         let mut told = Vec::new();
         for caller in callers {
-            told.push(await_outside(caller)??.join(", "));
+            told.push(self.outside.block_on(caller)??.join(", "));
         }
         told.sort();
         told.dedup();
@@ -116,11 +118,6 @@ impl Fleet {
     }
 }
 
-/// Waits for a task of one of the runtimes, outside of all of them.
-fn await_outside<T: Send + 'static>(task: tokio::task::JoinHandle<T>) -> Result<T, tokio::task::JoinError> {
-    Builder::new_current_thread().build().expect("a runtime").block_on(task)
-}
-
 fn main() -> Result<ExitCode, AnyError> {
     let outside = Runtime::new()?;
     let server = outside.block_on(async {
@@ -130,7 +127,7 @@ fn main() -> Result<ExitCode, AnyError> {
         anyhow::Ok(server)
     })?;
     println!("PostgreSQL {}, {NODES} nodes, {CALLERS} callers at the same time", server.version());
-    let mut fleet = Fleet::start(&server.admin_url())?;
+    let mut fleet = Fleet::start(outside, &server.admin_url())?;
     let mut good = fleet.scene("nobody has computed it yet", 1, |fleet| fleet.ask(42))?;
     good &= fleet.scene("all have it in memory", 0, |fleet| fleet.ask(42))?;
     good &= fleet.scene(
@@ -141,12 +138,12 @@ fn main() -> Result<ExitCode, AnyError> {
             runtime.block_on(permissions.delete(&42))?;
             let (early, backend) = (permissions.clone(), fleet.backend.clone());
             let early = runtime.spawn(async move { early.get_or_store(&42, move || backend.permissions_of(42)).await });
-            outside.block_on(fleet.backend.runs_again(before));
+            fleet.outside.block_on(fleet.backend.runs_again(before));
             let (runtime, _, permissions) = &fleet.nodes[1];
             runtime.block_on(permissions.delete(&42))?;
             fleet.settle()?;
             let told = fleet.ask(42);
-            await_outside(early)??;
+            fleet.outside.block_on(early)??;
             told
         },
     )?;
@@ -156,7 +153,7 @@ fn main() -> Result<ExitCode, AnyError> {
         let before = fleet.backend.runs();
         lost.block_on(permissions.delete(&42))?;
         lost.spawn(async move { permissions.get_or_store(&42, move || backend.permissions_of(42)).await });
-        outside.block_on(fleet.backend.runs_again(before));
+        fleet.outside.block_on(fleet.backend.runs_again(before));
         lost.shutdown_background();
         fleet.settle()?;
         fleet.ask(42)

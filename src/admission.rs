@@ -155,26 +155,36 @@ impl Admission {
 
     /// What the load of a row with this key must have seen; `None`: nothing is admitted now. `shown` is what the gate shows.
     pub(crate) fn needs<K: Key>(&self, key: &K, shown: Word) -> Option<Needs> {
-        let (xmax, covered) = match &*lock(&self.floor) {
-            Floor::At(since) if since.word == shown => (since.xmax, since.covered),
-            _ => return None,
-        };
+        lock(&self.floor).under(shown).map(|since| self.above(since, key))
+    }
+
+    fn above<K: Key>(&self, since: &Since, key: &K) -> Needs {
         let slot = self.slot(key);
         let (told, given) = (slot.told.load(Ordering::Acquire), slot.given.load(Ordering::Acquire));
-        let ended = if given <= covered { 0 } else { given };
-        Some(Needs { xmin: xmax.max(told.saturating_add(1)), ended })
+        let ended = if given <= since.covered { 0 } else { given };
+        Needs { xmin: since.xmax.max(told.saturating_add(1)), ended }
     }
 
     /// Whether a row with this key may be taken whose load saw this, before this position of the log: if so, since when it has been true at
     /// the earliest. To be called after the flight of the key has started.
     pub(crate) fn admit<K: Key>(&self, key: &K, shown: Word, saw: Sight, lsn: u64) -> Option<Boot> {
-        let needs = self.needs(key, shown)?;
+        let floor = lock(&self.floor);
+        let since = floor.under(shown)?;
+        let needs = self.above(since, key);
         if saw.xmin < needs.xmin || saw.ended < needs.ended {
             return None;
         }
-        let Floor::At(since) = &*lock(&self.floor) else { return None };
-        // Not the one of `needs` any more, perhaps. Then the gate has moved, and the flight is void.
         since.fences.iter().rev().find(|(_, logged)| *logged < lsn).map(|(sent, _)| *sent)
+    }
+}
+
+impl Floor {
+    /// If it is known for the time since the gate began to show this.
+    fn under(&self, shown: Word) -> Option<&Since> {
+        match self {
+            Self::At(since) if since.word == shown => Some(since),
+            _ => None,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{future::Future, pin::Pin, time::Duration};
 
 use sqlx::PgConnection;
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     coherence::Incarnation,
@@ -44,6 +45,15 @@ pub(crate) trait Source<K, V>: Send + Sync {
             Err(Error::new(Kind::Config, message))
         })
     }
+}
+
+/// What an attempt answers by then. `None`: nothing, or too late.
+///
+/// An answer that has come, and lay there while the process was stopped, is as late as one that has not: who asked since it goes on, while
+/// the node is in doubt, waits for this load, and must not get a row of before.
+pub(crate) async fn in_time<T>(deadline: Instant, attempt: impl Future<Output = T>) -> Option<T> {
+    let answer = timeout_at(deadline, attempt).await.ok();
+    answer.filter(|_| Instant::now() <= deadline)
 }
 
 /// Keys that are being read.
@@ -142,4 +152,21 @@ pub(crate) struct Stamp {
     pub(crate) lsn: u64,
     /// What it saw, if somebody wants to know, and it was on a primary.
     pub(crate) saw: Option<Sight>,
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_lay_there_is_late() {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let after = |seconds| async move {
+            tokio::time::advance(Duration::from_secs(seconds)).await;
+            "an answer"
+        };
+        assert_eq!(in_time(deadline, after(2)).await, Some("an answer"));
+        // As if the process had been stopped: when it goes on, both the answer and the end of the time are there.
+        assert_eq!(in_time(deadline, after(1)).await, None);
+    }
 }

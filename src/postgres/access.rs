@@ -13,6 +13,7 @@ use crate::{
     coherence::Incarnation,
     error::{Error, Kind, Result},
     postgres::{database_error, is_connection_error, lent::Lent},
+    source::in_time,
 };
 
 /// The pool, and how it is asked.
@@ -72,14 +73,8 @@ impl Access {
                 }
                 Ok(Err(error)) => return Err(database_error(&format!("loading {}", attempt.of()), error)),
             };
-            match timeout_at(deadline, attempt.run(&mut connection)).await {
-                // An answer that has come, and lay there while the process was stopped, is as late as one that has not: who asked since it
-                // goes on, while the node is in doubt, waits for this load, and must not get a row of before.
-                Ok(Ok(_)) if Instant::now() > deadline => {
-                    connection.give_back();
-                    return Err(self.late(&attempt.of()));
-                }
-                Ok(Ok(answer)) => {
+            match in_time(deadline, attempt.run(&mut connection)).await {
+                Some(Ok(answer)) => {
                     if (self.ours)(A::answered_by(&answer)) {
                         connection.give_back();
                         return Ok(answer);
@@ -91,27 +86,26 @@ impl Access {
                     tries_left -= 1;
                 }
                 // Dropped, not given back: it is broken.
-                Ok(Err(Failed::Postgres(error))) if is_connection_error(&error) && tries_left > 0 => tries_left -= 1,
+                Some(Err(Failed::Postgres(error))) if is_connection_error(&error) && tries_left > 0 => tries_left -= 1,
                 // Dropped too.
-                Ok(Err(Failed::Unusable(error))) => return Err(error),
-                Ok(Err(Failed::Postgres(error))) => {
+                Some(Err(Failed::Unusable(error))) => return Err(error),
+                Some(Err(Failed::Postgres(error))) => {
                     connection.give_back();
                     return Err(database_error(&format!("loading {}", attempt.of()), error));
                 }
-                Ok(Err(Failed::Otherwise(error))) => {
+                Some(Err(Failed::Otherwise(error))) => {
                     connection.give_back();
                     return Err(error);
                 }
                 // Dropped too: the statement may still be running, and the next user would have to wait for it.
-                Err(_) => {
-                    return Err(self.late(&attempt.of()));
+                None => {
+                    return Err(Error::new(
+                        Kind::Timeout,
+                        format!("loading {} took longer than {:?} (`load_timeout`)", attempt.of(), self.timeout),
+                    ));
                 }
             }
         }
-    }
-
-    fn late(&self, what: &str) -> Error {
-        Error::new(Kind::Timeout, format!("loading {what} took longer than {:?} (`load_timeout`)", self.timeout))
     }
 
     /// The pool tries to connect for as long as it may, so a timeout can mean that all connections are in use,

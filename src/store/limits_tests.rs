@@ -1,6 +1,10 @@
 //! How much a store holds, and for how long.
 
 use super::*;
+use crate::{
+    snapshot::Sight,
+    source::{Earlier, Received},
+};
 
 /// As [`fixture`], with these bounds, and rows that weigh as many bytes as their text.
 fn bounded(bounds: Bounds) -> Fixture {
@@ -288,6 +292,26 @@ fn what_took_long_to_load_is_read_again_early_and_not_all_at_once() {
     let slower = early(2.0, 2000);
     assert!(mean(&slower) > 1.8 * mean(&slow), "{} {}", mean(&slower), mean(&slow));
     assert!(early(1.0, 0).is_empty(), "what is loaded at once needs no time");
+}
+
+/// It is as old as it was read by somebody else, and took no longer than to be taken.
+#[test]
+fn what_came_from_a_tier_ends_with_its_age_and_was_not_slow() {
+    let (reload, mut due) = Reload::new(Some(Early::Chance(1.0)), false).expect("wanted");
+    let fixture = aging(Expiry { ttl: Some(Duration::from_secs(100)), ..Expiry::default() }, Some(reload));
+    let (_waits, mut runners) = fixture.ask(&[1]);
+    runners[0].take();
+    let at = Tenths::at(START);
+    let saw = Sight { xmin: 1, ended: 1 };
+    let earlier = Some(Earlier { saw, lsn: 1, at: at.minus(Duration::from_secs(60)) });
+    let received = Received { earlier, ..Received::default() };
+    runners[0].finish_received([(Ok(Some("ada")), received)], Origin { at, ended: START, ..OURS });
+    for tenth in 0..400 {
+        fixture.after(tenth);
+        assert!(fixture.store.lookup(&1).is_some() && due.try_recv().is_err(), "{tenth}");
+    }
+    fixture.after(400);
+    assert!(fixture.store.lookup(&1).is_none());
 }
 
 /// Asked of what is held and has not been reclaimed yet.

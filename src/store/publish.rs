@@ -1,11 +1,10 @@
 //! How the result of a load gets into the store, if it may, and who gets it.
 
-use std::hash::BuildHasher;
+use std::{hash::BuildHasher, time::Duration};
 
 use super::{Entry, Key, Life, Origin, Removed, Store, Weigh, held};
 use crate::{
-    coherence::Boot, digest::Tenths, error::Result, fill::Verdict, journal::TableEvent, source::Received,
-    store::Answer, sync::Arc,
+    digest::Tenths, error::Result, fill::Verdict, journal::TableEvent, source::Received, store::Answer, sync::Arc,
 };
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
@@ -31,9 +30,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
         // The user's code may be asked, so under no lock.
         let (at, lsn) = received.earlier.map_or((origin.at, origin.stamp.lsn), |earlier| (earlier.at, earlier.lsn));
+        let took = origin.took();
         let made = result.map(|value| {
             let weight = self.weight(key, value.as_ref(), received.bytes);
-            (weight, self.life(key, value.as_ref(), at, origin.ended), value)
+            (weight, self.life(key, value.as_ref(), at, took), value)
         });
         let mut flights = self.flights(key);
         let flight = flights.get_mut(key).expect("a running load has a flight");
@@ -112,9 +112,8 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         }
     }
 
-    /// The life of an entry of this key whose load started `from` then.
-    pub(super) fn life(&self, key: &K, value: Option<&V>, from: Tenths, ended: Boot) -> Life {
-        let took = ended.saturating_sub(from.since(Tenths::BOOT));
+    /// The life of an entry of this key that has been true `from` then, and whose load took so long.
+    pub(super) fn life(&self, key: &K, value: Option<&V>, from: Tenths, took: Duration) -> Life {
         // Any number will do that others do not have.
         #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash will do")]
         let draw = f64::from(self.hasher.hash_one((key, from.get())) as u32) / f64::from(u32::MAX);

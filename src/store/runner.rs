@@ -1,6 +1,6 @@
 //! The right to load: keys that wait are taken in batches, and each batch ends with results, whatever happens.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use super::{Key, Store, Tags};
 use crate::{
@@ -21,6 +21,12 @@ pub(crate) struct Origin {
     pub(crate) at: Tenths,
     /// When they had ended.
     pub(crate) ended: Boot,
+}
+
+impl Origin {
+    pub(super) fn took(&self) -> Duration {
+        self.ended.saturating_sub(self.at.since(Tenths::BOOT))
+    }
 }
 
 /// The right to load keys of one table: at most [`Limits::runners_max`] exist at a time.

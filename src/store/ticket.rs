@@ -62,7 +62,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             return false;
         }
         let (weight, life) =
-            (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), origin.at, origin.ended));
+            (self.weight(key, value.as_ref(), 0), self.life(key, value.as_ref(), origin.at, origin.took()));
         let entry = Entry { at: origin.at, weight, life, ..Entry::new(drawn.word, origin.stamp.lsn, value) };
         let entry = Arc::new(entry);
         let flights = self.flights(key);

@@ -9,6 +9,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
+use super::seal;
 use crate::{
     postgres::{built::BoxError, rows::panic_message},
     values::Codec,
@@ -16,8 +17,8 @@ use crate::{
 
 /// What a tier needs to know of a type of values. Code of the user's, which may panic: that is an error like others.
 pub(crate) struct Form<V> {
-    /// Tells it from other types, and other codecs.
-    pub(crate) name: String,
+    /// Tells it from other types, and other codecs, in names of rows.
+    pub(crate) id: String,
     encode: fn(&V) -> Result<Vec<u8>, BoxError>,
     decode: fn(&[u8]) -> Result<V, BoxError>,
     equal: fn(&V, &V) -> bool,
@@ -26,7 +27,7 @@ pub(crate) struct Form<V> {
 impl<V: PartialEq> Form<V> {
     pub(crate) fn of<C: Codec<V>>() -> Self {
         Self {
-            name: format!("{} {}", type_name::<V>(), type_name::<C>()),
+            id: seal::id(&format!("{} {}", type_name::<V>(), type_name::<C>())),
             encode: C::encode,
             decode: C::decode,
             equal: V::eq,
@@ -101,7 +102,7 @@ mod tests {
         let ada = After { name: "ada".into(), email: Some("ada@example.org".into()) };
         let bytes = form.encode(&ada).expect("bytes");
         assert_eq!(form.decode(&bytes), Ok(ada));
-        assert_ne!(form.name, Form::<Before>::of::<Json>().name);
+        assert_ne!(form.id, Form::<Before>::of::<Json>().id);
     }
 
     #[test]

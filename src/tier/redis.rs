@@ -1,6 +1,6 @@
 //! Redis and Valkey, one server or a cluster.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use redis::{
     Client, ErrorKind, RedisError, Script, Value,
@@ -90,7 +90,7 @@ impl Tier {
             .set_number_of_retries(1);
         let connect = || Client::open(url)?.get_connection_manager_lazy(config);
         let connection = connect().map_err(|error| wrong(url, &error))?;
-        Ok(Self::on(std::sync::Arc::new(Redis::new(shown(url), Server::One(connection)))))
+        Ok(Self::on(Arc::new(Redis::new(shown(url), Server::One(connection)))))
     }
 
     /// A cluster, of which these are some of the nodes. A batch of keys is as many commands, sent at once.
@@ -103,7 +103,7 @@ impl Tier {
         let client = ClusterClient::new(urls.clone()).map_err(|error| wrong(&urls.join(" "), &error))?;
         let cluster = Cluster { client, connection: OnceCell::new() };
         let address = urls.iter().map(|url| shown(url)).collect::<Vec<_>>().join(" ");
-        Ok(Self::on(std::sync::Arc::new(Redis::new(address, Server::Cluster(Box::new(cluster))))))
+        Ok(Self::on(Arc::new(Redis::new(address, Server::Cluster(Box::new(cluster))))))
     }
 
     /// Connects now, and asks the server whether it is there. For logs and health checks: a service need not wait for it.
@@ -112,10 +112,10 @@ impl Tier {
     ///
     /// [`is_unavailable`](Error::is_unavailable), with the reason.
     pub async fn ready(&self) -> Result<()> {
-        let asked = self.shelf.ping();
-        let outcome =
-            timeout(CONNECT_MAX, asked).await.unwrap_or_else(|_| Err(format!("no answer in {CONNECT_MAX:?}")));
-        outcome.map_err(|why| Error::new(Kind::Unavailable, format!("the tier {} does not answer: {why}", self.shelf)))
+        self.shelf
+            .ping()
+            .await
+            .map_err(|why| Error::new(Kind::Unavailable, format!("the tier {} does not answer: {why}", self.shelf)))
     }
 }
 

@@ -36,11 +36,14 @@ pub(crate) struct Sealed {
     pub(crate) row: Option<Vec<u8>>,
 }
 
-/// Under which name a tier keeps the row of a key: not shared with other servers, nor with values of another type.
-pub(crate) fn name(prefix: &str, server: Incarnation, cache: &str, kind: &str, key: &str) -> String {
-    let kind = Sha256::digest(kind);
-    let kind = u32::from_be_bytes([kind[0], kind[1], kind[2], kind[3]]);
-    format!("{prefix}:{:016x}:{cache}:{kind:08x}:{key}", incarnation_id(server))
+/// Under which name a tier keeps the row of a key: not shared with other servers, nor with values of another [form](id).
+pub(crate) fn name(prefix: &str, server: Incarnation, cache: &str, form: &str, key: &str) -> String {
+    format!("{prefix}:{:016x}:{cache}:{form}:{key}", incarnation_id(server))
+}
+
+/// A short name for a type of values and its codec.
+pub(crate) fn id(form: &str) -> String {
+    Sha256::digest(form)[..4].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// As a script compares it.
@@ -140,9 +143,9 @@ mod tests {
 
     #[test]
     fn names_are_of_one_server_cache_type_and_key() {
-        let one = name("rowcache", server(1), "public.users", "app::User", "42");
+        let one = name("rowcache", server(1), "public.users", &id("app::User"), "42");
         assert!(one.starts_with("rowcache:") && one.contains(":public.users:") && one.ends_with(":42"), "{one}");
-        assert_ne!(one, name("rowcache", server(2), "public.users", "app::User", "42"));
-        assert_ne!(one, name("rowcache", server(1), "public.users", "app::Other", "42"));
+        assert_ne!(one, name("rowcache", server(2), "public.users", &id("app::User"), "42"));
+        assert_ne!(one, name("rowcache", server(1), "public.users", &id("app::Other"), "42"));
     }
 }

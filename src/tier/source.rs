@@ -42,9 +42,8 @@ pub(crate) struct Tiered<K: Key, V: Send + Sync + 'static> {
 /// The answer to a load, as it comes together.
 struct Answer<V> {
     rows: Vec<Option<(Result<Option<V>>, Received)>>,
+    /// What it saw stands with each row, since they are of several loads.
     stamp: Stamp,
-    /// Something came from Postgres.
-    is_read: bool,
 }
 
 impl<V> Answer<V> {
@@ -64,7 +63,7 @@ impl<K: Key, V: Send + Sync + 'static> Tiered<K, V> {
             return self.behind.load(keys).await;
         };
         let stamp = Stamp { incarnation: Some(server), ..Stamp::default() };
-        let mut answer = Answer { rows: keys.iter().map(|_| None).collect(), stamp, is_read: false };
+        let mut answer = Answer { rows: keys.iter().map(|_| None).collect(), stamp };
         let mut awaited = self.look(keys, answer.left(), server, &mut answer, false).await;
         self.read(keys, &awaited, server, &mut answer).await?;
         let counters = &self.store.counters.tier;
@@ -190,8 +189,6 @@ impl<K: Key, V: Send + Sync + 'static> Tiered<K, V> {
         }
         answer.stamp.dirty |= stamp.dirty;
         answer.stamp.lsn = answer.stamp.lsn.max(stamp.lsn);
-        answer.stamp.saw = if answer.is_read { None } else { stamp.saw };
-        answer.is_read = true;
         let received = loaded.received.into_iter().chain(std::iter::repeat(Received::default()));
         let mut found: Vec<_> = loaded.rows.into_iter().zip(received).collect();
         for (_, received) in &mut found {
@@ -256,7 +253,7 @@ impl<K: Key, V: Send + Sync + 'static> Tiered<K, V> {
     }
 
     fn name_of(&self, server: Incarnation, key: &K) -> String {
-        seal::name(&self.tier.settings.prefix, server, &self.name, &self.form.name, &key_text(&key.to_parts()))
+        seal::name(&self.tier.settings.prefix, server, &self.name, &self.form.id, &key_text(&key.to_parts()))
     }
 
     fn failed(&self, error: &str) {

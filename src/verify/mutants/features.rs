@@ -437,4 +437,20 @@ pub(super) const MUTANTS: &[Mutant] = &[
         instead: "left <= window.max(before)",
         catchers: &[Unit("what_took_long_to_load")],
     },
+    Mutant {
+        name: "late-answer",
+        protection: "an answer that lay there while the process was stopped is late",
+        file: "src/source.rs",
+        text: "    answer.filter(|_| Instant::now() <= deadline)",
+        instead: "    answer",
+        catchers: &[Unit("an_answer_that_lay_there")],
+    },
+    Mutant {
+        name: "preloaded-keep",
+        protection: "a preloaded table is read again though nobody asks for it",
+        file: "src/preloaded.rs",
+        text: "            load::ahead(&store, &source, &shared, &[ALL]).await;",
+        instead: "            drop(load::ahead(&store, &source, &shared, &[ALL]));",
+        catchers: &[Test("preloaded", "it_is_read_again_though")],
+    },
 ];

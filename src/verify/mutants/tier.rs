@@ -10,8 +10,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "tier-slot",
         protection: "what a message told must have been seen by the load of a row that is taken from a tier",
         file: "src/admission.rs",
-        text: "xmin: xmax.max(told.saturating_add(1))",
-        instead: "xmin: xmax.max(told.min(0))",
+        text: "xmin: since.xmax.max(told.saturating_add(1))",
+        instead: "xmin: since.xmax.max(told.min(0))",
         catchers: &[Unit("what_a_message_told"), Test("tier", "what_has_changed_is_not_taken"), Simulation("60")],
     },
     Mutant {
@@ -47,8 +47,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "tier-word",
         protection: "a floor is good while the gate shows what it showed",
         file: "src/admission.rs",
-        text: "            Floor::At(since) if since.word == shown => (since.xmax, since.covered),",
-        instead: "            Floor::At(since) if since.word == shown || since.word.is_coherent() => (since.xmax, since.covered),",
+        text: "            Self::At(since) if since.word == shown => Some(since),",
+        instead: "            Self::At(since) if since.word == shown || since.word.is_coherent() => Some(since),",
         catchers: &[Unit("nothing_is_admitted_before_a_fence"), Simulation("200")],
     },
     Mutant {
@@ -63,8 +63,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "tier-covered",
         protection: "what was handed out counts until a fence covers it (X33)",
         file: "src/admission.rs",
-        text: "        let ended = if given <= covered { 0 } else { given };",
-        instead: "        let ended = if given <= covered + 1000 { 0 } else { given };",
+        text: "        let ended = if given <= since.covered { 0 } else { given };",
+        instead: "        let ended = if given <= since.covered + 1000 { 0 } else { given };",
         catchers: &[Unit("x33_what_was_handed_out"), Test("tier", "x33_")],
     },
     Mutant {
@@ -106,5 +106,13 @@ pub(super) const MUTANTS: &[Mutant] = &[
         text: "        self.tries_at.swap(nanos(now + REST), Ordering::AcqRel) == 0",
         instead: "        self.tries_at.swap(0 * nanos(now + REST), Ordering::AcqRel) == 0",
         catchers: &[Unit("a_tier_that_fails_is_tried"), Test("tier", "a_tier_that_is_down")],
+    },
+    Mutant {
+        name: "tier-took",
+        protection: "how old a row of a tier is says nothing of how long it takes to load",
+        file: "src/store/publish.rs",
+        text: "        let took = origin.took();\n",
+        instead: "        let took = origin.ended.saturating_sub(at.since(Tenths::BOOT));\n",
+        catchers: &[Unit("what_came_from_a_tier_ends")],
     },
 ];

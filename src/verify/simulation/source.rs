@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Kind, Result},
     shared::Shared,
     snapshot::Snapshot,
-    source::{Digesting, Loaded, Loading, Source, Stamp},
+    source::{Digesting, Loaded, Loading, Source, Stamp, in_time},
     sync::lock,
     verify::history::{Key, NodeId},
 };
@@ -106,11 +106,8 @@ impl Source<Key, Item> for SimSource {
                     self.world.found(self.node, *key, "two loads of one key run at the same time");
                 }
             }
-            let late = || Err(Error::new(Kind::Timeout, "a load took too long"));
-            let deadline = Instant::now() + LOAD_MAX;
-            let loaded = tokio::time::timeout_at(deadline, self.fetch(keys)).await;
-            // As `postgres/access.rs`: also if the node was stopped, and the answer has come.
-            let loaded = loaded.ok().filter(|_| Instant::now() <= deadline).unwrap_or_else(late);
+            let loaded = in_time(Instant::now() + LOAD_MAX, self.fetch(keys)).await;
+            let loaded = loaded.unwrap_or_else(|| Err(Error::new(Kind::Timeout, "a load took too long")));
             for key in keys {
                 lock(&self.running).remove(key);
                 self.world.note(Some(self.node), What::LoadEnds { key: *key, failed: loaded.is_err() });
