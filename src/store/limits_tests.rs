@@ -303,7 +303,7 @@ fn what_came_from_a_tier_ends_with_its_age_and_was_not_slow() {
     runners[0].take();
     let at = Tenths::at(START);
     let saw = Sight { xmin: 1, ended: 1 };
-    let earlier = Some(Earlier { saw, lsn: 1, at: at.minus(Duration::from_secs(60)) });
+    let earlier = Some(Earlier { saw, lsn: 1, at: at.minus(Duration::from_mins(1)) });
     let received = Received { earlier, ..Received::default() };
     runners[0].finish_received([(Ok(Some("ada")), received)], Origin { at, ended: START, ..OURS });
     for tenth in 0..400 {
