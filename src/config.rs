@@ -60,6 +60,18 @@ pub struct Config {
     /// Default 5 ms, so that a busy node cannot use up more than 200 transaction ids a second.
     pub fence_spacing: Duration,
 
+    /// What this node is called: on the list of nodes ([`Fleet`](crate::Fleet)), and, with what each is for, as the `application_name` of its
+    /// connections (`web-7 (listener)`), where what is not printable ASCII becomes `?` and what does not fit into 63 bytes is cut. It need not be
+    /// unique. Default `None`: the `application_name` of [`listener`](Self::listener), or `rowcache`.
+    pub name: Option<String>,
+    /// Where the service of this node can be reached, such as `http://10.0.0.7:8080`: shown to who asks for the list of nodes, and used for nothing
+    /// else. Default `None`.
+    pub address: Option<String>,
+    /// Whether this node answers when somebody asks who there is ([`Node::fleet`](crate::Node::fleet), `rowcache nodes`): with its name, its host,
+    /// its state, and the names and sizes of its tables. Anybody who may connect to the database can ask, and read the answer. An answer
+    /// takes one notification, of at most 20 a second. Without, it is listed as silent. Default `true`.
+    pub answers: bool,
+
     /// Keep two lines open, each a LISTEN connection and one that sends fences, so that losing one of them is no gap: the
     /// other one takes over, and nothing is forgotten. That covers a killed backend, a dropped or half-open connection
     /// and a restarted pooler; a restart of the server ends both lines. [`Event::Covered`](crate::Event::Covered) and
@@ -146,6 +158,9 @@ impl Config {
             beat_timeout: Duration::from_secs(3),
             lease: Duration::from_secs(5),
             fence_spacing: Duration::from_millis(5),
+            name: None,
+            address: None,
+            answers: true,
             redundant_listener: false,
             caching: true,
             listen: true,
@@ -174,6 +189,11 @@ impl Config {
     #[must_use]
     pub fn staleness_bound(&self) -> Duration {
         self.lease.saturating_add(TICK)
+    }
+
+    /// What the node is called.
+    pub(crate) fn name(&self) -> &str {
+        self.name.as_deref().or(self.listener.get_application_name()).unwrap_or("rowcache")
     }
 
     pub(crate) fn timing(&self) -> Timing {
@@ -237,6 +257,7 @@ impl fmt::Debug for Config {
             beat_timeout,
             lease,
             redundant_listener,
+            name,
             listen,
             pooler,
             loads_max,
@@ -250,6 +271,7 @@ impl fmt::Debug for Config {
             .field("beat_timeout", beat_timeout)
             .field("lease", lease)
             .field("redundant_listener", redundant_listener)
+            .field("name", name)
             .field("listen", listen)
             .field("pooler", pooler)
             .field("loads_max", loads_max)

@@ -96,6 +96,7 @@ impl From<inbox::Item> for Item {
             inbox::Item::Own(payload) => Self::Own(payload),
             inbox::Item::Overflow => Self::Overflow,
             inbox::Item::Polled(..) | inbox::Item::Missed => unreachable!("no line receives what is polled"),
+            inbox::Item::Question(_) => unreachable!("nobody asks"),
         }
     }
 }

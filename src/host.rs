@@ -28,6 +28,11 @@ pub(crate) trait Host: Send + Sync {
     /// Runs what may keep a thread busy.
     fn spawn_blocking(&self, work: Box<dyn FnOnce() + Send>);
 
+    /// The name of the machine.
+    fn name(&self) -> String {
+        String::new()
+    }
+
     /// A number that spreads what many nodes would do at the same moment. Nothing secret.
     fn random(&self) -> u64;
 }
@@ -58,6 +63,10 @@ impl Host for Process {
     fn spawn_blocking(&self, work: Box<dyn FnOnce() + Send>) {
         // Whoever asks: the clock thread is in no runtime, and has leases to end. After the runtime, nobody does it.
         drop(self.runtime.spawn_blocking(work));
+    }
+
+    fn name(&self) -> String {
+        nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
     fn random(&self) -> u64 {

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 
 use tokio::sync::Notify;
+use uuid::Uuid;
 
 use crate::{
     change::Mark,
@@ -22,6 +23,8 @@ pub(crate) enum Item {
     Message(String),
     /// A message of the node's own channel: a fence.
     Own(String),
+    /// Somebody asks how this node is, and waits for an answer with this nonce. No change.
+    Question(Uuid),
     /// What a poll of the change log found stands before this. It is part of this fence, and saw this.
     Polled(Box<(Fence, Mark)>),
     /// More came in than the box holds: stands for all of it.
@@ -35,11 +38,14 @@ impl Item {
     fn weight(&self) -> usize {
         match self {
             Self::Message(payload) | Self::Own(payload) => payload.len() + size_of::<Self>(),
-            // Fences are few: one at a time.
-            Self::Polled(..) | Self::Overflow | Self::Missed => 0,
+            // Fences are few, one at a time, and so are questions (`QUESTIONS_MAX`).
+            Self::Polled(..) | Self::Question(_) | Self::Overflow | Self::Missed => 0,
         }
     }
 }
+
+/// More questions do not wait: anybody can ask, and no number of them may make a node forget anything.
+pub(crate) const QUESTIONS_MAX: usize = 64;
 
 pub(crate) struct Inbox {
     /// Protects what is in the box.
@@ -52,6 +58,7 @@ pub(crate) struct Inbox {
 struct Content {
     items: VecDeque<Item>,
     bytes: usize,
+    questions: usize,
 }
 
 impl Inbox {
@@ -62,6 +69,12 @@ impl Inbox {
     /// Adds what was received. Returns whether the box overflowed.
     pub(crate) fn push(&self, item: Item) -> bool {
         let mut content = lock(&self.content);
+        if matches!(item, Item::Question(_)) {
+            if content.questions == QUESTIONS_MAX {
+                return false;
+            }
+            content.questions += 1;
+        }
         content.bytes += item.weight();
         content.items.push_back(item);
         let overflowed = content.bytes > self.bytes_max;
@@ -74,6 +87,7 @@ impl Inbox {
                 content.bytes = 0;
             }
             content.items.push_front(Item::Overflow);
+            content.questions = 0;
         }
         drop(content);
         self.arrived.notify_one();
@@ -89,7 +103,7 @@ impl Inbox {
         loop {
             let items = {
                 let mut content = lock(&self.content);
-                content.bytes = 0;
+                (content.bytes, content.questions) = (0, 0);
                 std::mem::take(&mut content.items)
             };
             if !items.is_empty() {
@@ -142,6 +156,27 @@ mod tests {
             let items = inbox.take().await;
             assert_eq!((&items[0], items.len()), (&Item::Overflow, 1 + kept), "of {fences} fences");
         }
+    }
+
+    #[tokio::test]
+    async fn questions_wait_in_their_turn_and_are_never_an_overflow() {
+        let inbox = Inbox::new(500);
+        let question = |n| Item::Question(Uuid::from_u128(n));
+        assert!(!inbox.push(Item::Message("before".into())));
+        for n in 0..10_000 {
+            assert!(!inbox.push(question(n)));
+        }
+        assert!(!inbox.push(Item::Message("after".into())));
+        let items = inbox.take().await;
+        assert_eq!(
+            (items.len(), &items[0], &items[1]),
+            (QUESTIONS_MAX + 2, &Item::Message("before".into()), &question(0))
+        );
+        // Who asked before an overflow gets no answer; who asks after it does.
+        assert!(!inbox.push(question(1)));
+        assert!(inbox.push(Item::Message("x".repeat(500))));
+        assert!(!inbox.push(question(2)));
+        assert_eq!(inbox.take().await, [Item::Overflow, question(2)]);
     }
 
     #[tokio::test]

@@ -73,6 +73,7 @@
 //! | `lines` | a node's one or two lines: opens them, and says what their loss means |
 //! | `load` | runs loads, in greedy batches |
 //! | `audit` | reads rows again that were served, and tells what should not have been |
+//! | `answers` | tells other nodes how this one is, and asks them |
 //! | `shared` | what a node's tasks share: the applier, the clock, fences |
 //! | `postgres/` | the only place with SQL and sockets |
 //! | `server`, `source`, `host` | what a node asks of its database and of its process; a simulation can answer, too |
@@ -80,6 +81,7 @@
 //! | `coherence` | core: may entries be trusted? A state machine |
 //! | `tables`, `inbox` | core: who must forget what; what is still to be applied |
 //! | `depends` | core: which keys a message makes a cache forget |
+//! | `fleet` | core: who else is there: questions, and what is answered |
 //! | `relay` | core: of two lines, which one is heard, and when one can take over from the other |
 //! | `store`, `fill`, `gate` | core: entries, the loads under way, and what voids them |
 //! | `admission` | core: which rows that somebody else has read may be taken |
@@ -96,7 +98,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | (none) | the library |
-//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `demo` |
+//! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `nodes`, `demo` |
 //! | `chrono` | keys of `date`, `timestamp` and `timestamptz` as types of crate `chrono`; values, too: it turns on sqlx's feature of that name |
 //! | `time` | the same as types of crate `time` |
 //! | `rust_decimal` | keys of `numeric` as `rust_decimal::Decimal`, and values |
@@ -112,6 +114,7 @@ pub mod testing;
 pub mod verify;
 
 mod admission;
+mod answers;
 mod audit;
 mod change;
 mod change_log;
@@ -125,6 +128,7 @@ mod digest;
 mod error;
 mod explain;
 mod fill;
+mod fleet;
 mod freshness;
 #[cfg(fuzzing)]
 #[doc(hidden)]
@@ -177,6 +181,7 @@ pub use coherence::Reason;
 pub use config::Config;
 pub use error::{Error, Result};
 pub use explain::{Explanation, Held};
+pub use fleet::{Fleet, FleetNode, NodeReport, TableReport};
 pub use freshness::{Fallback, Freshness};
 pub use hashed::KeyHash;
 pub use journal::{Cause, TableEvent, TableEvents};

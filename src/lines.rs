@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::{
     coherence::{Boot, Coherence, Fence, Reason},
     error::{Error, Kind, Result},
+    fleet,
     inbox::Item,
     relay::{LineId, Loss},
     server::{Hear, Line, Received},
@@ -34,6 +35,11 @@ impl Hear for Heard {
         let item = match message {
             Received::Change(payload) => Item::Message(payload),
             Received::Own(payload) => Item::Own(payload),
+            Received::Question(payload) => match fleet::asked(&payload) {
+                Some(nonce) => Item::Question(nonce),
+                // Not a change, whatever it is.
+                None => return,
+            },
         };
         self.by.received(self.from, item);
     }
@@ -108,6 +114,12 @@ impl Shared {
     /// The line that is heard, and whose control connection is used.
     pub(crate) fn line(&self) -> Option<(LineId, Arc<dyn Line>)> {
         lock(&self.relay).primary().cloned()
+    }
+
+    /// The server's ends of the sessions that listen: of the line that is heard, and of its spare.
+    pub(crate) fn listeners(&self) -> [Option<i32>; 2] {
+        let relay = lock(&self.relay);
+        [relay.primary().and_then(|(_, line)| line.listener()), relay.spare().and_then(|line| line.listener())]
     }
 
     /// Notes that a fence is about to be sent. Returns whether a spare could take over if that failed.

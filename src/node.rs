@@ -7,6 +7,7 @@ use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use crate::{
     config::Config,
     error::{Error, Kind, Result},
+    fleet::Fleet,
     host::Process,
     keeper,
     key::Key,
@@ -369,6 +370,36 @@ impl Node {
     #[must_use]
     pub fn stats(&self) -> NodeStats {
         self.handle.shared.counters.snapshot()
+    }
+
+    /// The nodes that listen on this database, this one too, and how they are: asks all of them, and returns when the last one has answered, or
+    /// after `deadline`; a second is long for nodes that are well. [`Fleet`] says who is seen, and what an answer means. It opens a connection for
+    /// the time of the call, to where [`Config::listener`] says; opening it takes at most [`Config::beat_timeout`], and asking over it as long again.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example(node: rowcache::Node, users: rowcache::Table<i64, (i64, String)>) -> rowcache::Result<()> {
+    /// users.clear().await?;
+    /// let fleet = node.fleet(Duration::from_secs(1)).await?; // whoever answers has forgotten all users
+    /// for node in fleet.silent() {
+    ///     println!("nothing is known of {}", node.name);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// * [`is_unavailable`](Error::is_unavailable), [`is_timeout`](Error::is_timeout): the database cannot be asked now;
+    /// * [`is_standby`](Error::is_standby), [`is_pooler`](Error::is_pooler): nor from here, where there is no NOTIFY;
+    /// * [`is_refused`](Error::is_refused): Postgres refuses to tell who is connected;
+    /// * [`is_closed`](Error::is_closed): the node was shut down.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelling closes what was opened.
+    pub async fn fleet(&self, deadline: Duration) -> Result<Fleet> {
+        self.handle.shared.ask_all(deadline).await
     }
 
     /// Whether the node is coherent and would remain so if its line were lost now: always `false` without

@@ -20,7 +20,11 @@ use std::{collections::VecDeque, time::Duration};
 
 use uuid::Uuid;
 
-use crate::{change::Message, coherence::Boot, inbox::Item};
+use crate::{
+    change::Message,
+    coherence::Boot,
+    inbox::{Item, QUESTIONS_MAX},
+};
 
 /// Tells lines apart, those that were given up too: what still arrives from them is nobody's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,6 +48,8 @@ struct Spare<L> {
     /// What this line has received since the last fence that both have received. `Item::Own` is one of `fences`, or was.
     kept: VecDeque<Item>,
     bytes: usize,
+    /// Of those kept, the questions.
+    questions: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -95,7 +101,7 @@ impl<L> Relay<L> {
     /// A second line, whose LISTEN has returned. It covers nothing yet.
     pub(crate) fn attach(&mut self, id: LineId, line: L) {
         let (fences, kept) = (VecDeque::new(), VecDeque::new());
-        self.spare = Some(Spare { id, line, covers: false, fences, kept, bytes: 0 });
+        self.spare = Some(Spare { id, line, covers: false, fences, kept, bytes: 0, questions: 0 });
     }
 
     /// Gives up both lines.
@@ -110,6 +116,11 @@ impl<L> Relay<L> {
 
     pub(crate) fn has_spare(&self) -> bool {
         self.spare.is_some()
+    }
+
+    /// The line that waits.
+    pub(crate) fn spare(&self) -> Option<&L> {
+        self.spare.as_ref().map(|spare| &spare.line)
     }
 
     /// Whether the primary can be lost without a gap.
@@ -174,6 +185,7 @@ impl<L> Spare<L> {
             let before = self.kept.iter().position(|item| nonce(item) == Some(fence)).map_or(0, |at| at + 1);
             self.kept.drain(..before);
             self.bytes = self.kept.iter().map(weight).sum();
+            self.questions = self.kept.iter().filter(|item| matches!(item, Item::Question(_))).count();
         } else {
             self.fences[n].by_primary = true;
         }
@@ -186,7 +198,7 @@ impl<L> Spare<L> {
             Some(n) if self.fences[n].by_primary => {
                 self.fences.drain(..=n);
                 self.kept.clear();
-                self.bytes = 0;
+                (self.bytes, self.questions) = (0, 0);
                 return;
             }
             Some(n) if !self.fences[n].by_spare => {
@@ -195,6 +207,14 @@ impl<L> Spare<L> {
                 return;
             }
             _ => {}
+        }
+        if matches!(item, Item::Question(_)) {
+            // More than that are nobody's: they would make room for nothing but themselves.
+            if self.questions < QUESTIONS_MAX {
+                self.questions += 1;
+                self.kept.push_back(item);
+            }
+            return;
         }
         // A fence that nobody waits for, or anything else on the node's own channel, is a message like others.
         let item = match item {
@@ -209,17 +229,17 @@ impl<L> Spare<L> {
     }
 
     /// Replaces all messages by what covers them. In place, on each side of every fence: what stands before a fence
-    /// may be forgotten later, and must not cover what stands behind it.
+    /// may be forgotten later, and must not cover what stands behind it. Questions are given up.
     fn overflow(&mut self) {
         for item in std::mem::take(&mut self.kept) {
             let waited_for = nonce(&item).is_some_and(|nonce| self.fences.iter().any(|sent| sent.nonce == nonce));
             if waited_for {
                 self.kept.push_back(item);
-            } else if self.kept.back() != Some(&Item::Overflow) {
+            } else if !matches!(item, Item::Question(_)) && self.kept.back() != Some(&Item::Overflow) {
                 self.kept.push_back(Item::Overflow);
             }
         }
-        self.bytes = 0;
+        (self.bytes, self.questions) = (0, 0);
     }
 }
 
@@ -235,7 +255,7 @@ fn weight(item: &Item) -> usize {
     match item {
         Item::Message(payload) => payload.len() + size_of::<Item>(),
         // Fences are few (`FENCES_MAX`). What is polled does not come this way.
-        Item::Own(_) | Item::Polled(..) | Item::Overflow | Item::Missed => 0,
+        Item::Own(_) | Item::Question(_) | Item::Polled(..) | Item::Overflow | Item::Missed => 0,
     }
 }
 

@@ -2,12 +2,15 @@
 //!
 //! `postgres/server.rs` answers it with SQL and sockets; `verify/simulation` and `testing` each with a database of their own.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use uuid::Uuid;
 
 use crate::{
     change_log::{Polled, Position},
     coherence::{Fence, Incarnation},
     error::Result,
+    fleet::FleetNode,
     tables::{Trust, Via},
 };
 
@@ -29,6 +32,16 @@ pub(crate) trait Server: Send + Sync {
     /// Sends a message to all nodes, through the pool.
     fn tell(&self, payload: String, via: Via) -> Answer<'_, ()>;
 
+    /// Asks all nodes how they are, waits for so long, and returns who there is. `None`: there is nobody to ask.
+    fn ask_all(&self, _deadline: Duration) -> Answer<'_, Option<Vec<FleetNode>>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    /// Answers such a question, through the pool.
+    fn answer(&self, _question: Uuid, _payload: String) -> Answer<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Closes all connections but those of lines.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 
@@ -45,6 +58,8 @@ pub(crate) enum Received {
     Change(String),
     /// A message of the node's own channel.
     Own(String),
+    /// A message of the channel on which all nodes are asked.
+    Question(String),
 }
 
 /// Who hears a line.
@@ -60,6 +75,11 @@ pub(crate) trait Hear: Send + Sync {
 pub(crate) trait Line: Send + Sync {
     /// The server that it is on.
     fn incarnation(&self) -> Incarnation;
+
+    /// The process id of the server's end of the session that listens, if there is one.
+    fn listener(&self) -> Option<i32> {
+        None
+    }
 
     /// Whether neither session has ended.
     fn is_open(&self) -> bool;

@@ -24,10 +24,11 @@ use uuid::Uuid;
 
 use crate::{
     change::{Change, Message, Rows},
-    coherence::{Action, Coherence, Incarnation, Reason},
+    coherence::{Action, Boot, Coherence, Incarnation, Reason},
     config::{Config, TICK},
     digest::Tenths,
     error::{Error, Kind, Result},
+    fleet::Questions,
     horizon::Horizon,
     host::Host,
     inbox::{Inbox, Item},
@@ -50,6 +51,11 @@ pub(crate) struct Shared {
     pub(crate) inbox: Inbox,
     pub(crate) horizon: Horizon,
     pub(crate) counters: NodeCounters,
+    /// Tells this node apart from others, and from itself before it was started again.
+    pub(crate) id: Uuid,
+    pub(crate) started: Boot,
+    /// What other nodes have asked, and was not answered yet.
+    pub(crate) questions: Questions,
     /// Protects which line is heard. What it passes on is in the inbox before the lock is released, and events of lines
     /// are sent while it is held. Lock order: this, then the inbox.
     pub(crate) relay: Mutex<Relay<Arc<dyn Line>>>,
@@ -127,16 +133,18 @@ impl Handle {
         Self { opened: Mutex::default(), tasks: Mutex::default(), clock: Mutex::default(), shared }
     }
 
-    /// Starts the applier and the clock; `keeper` keeps the line.
+    /// Starts the applier, the clock, and who answers other nodes; `keeper` keeps the line.
     pub(crate) fn start(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
         let handle = Self::new(Arc::clone(&shared));
         *lock(&handle.clock) = Some(shared.start_clock());
+        let answering = tokio::spawn(Arc::clone(&shared).answer_questions());
         let applier = tokio::spawn(shared.apply());
-        lock(&handle.tasks).extend([applier, keeper]);
+        lock(&handle.tasks).extend([applier, answering, keeper]);
         handle
     }
 
-    /// As [`start`](Self::start), with a task for a clock: of a node whose time is tokio's, which can stand still.
+    /// As [`start`](Self::start), with a task for a clock: of a node whose time is tokio's, which can stand still, and which nobody
+    /// else can ask.
     #[cfg(feature = "test-kit")]
     pub(crate) fn start_in_tokio_time(shared: Arc<Shared>, keeper: JoinHandle<()>) -> Self {
         let handle = Self::new(Arc::clone(&shared));
@@ -199,6 +207,9 @@ impl Shared {
             inbox: Inbox::new(config.inbox_bytes_max),
             horizon: Horizon::default(),
             counters: NodeCounters::default(),
+            id: Uuid::new_v4(),
+            started: host.now(),
+            questions: Questions::default(),
             relay: Mutex::new(Relay::new(config.inbox_bytes_max)),
             own_channel: format!("rowcache:{}", Uuid::new_v4().simple()),
             loads: Semaphore::new(config.loads_max),
@@ -249,6 +260,8 @@ impl Shared {
                 other => self.apply_message(other),
             },
             Item::Message(payload) => self.apply_message(Message::parse(&payload)),
+            // In its turn: whoever gets the answer knows that all that stands before the question has been applied.
+            Item::Question(nonce) => return self.questions.ask(nonce),
             Item::Polled(of) => {
                 let (fence, mark) = *of;
                 if !self.config.listen {

@@ -534,6 +534,10 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
         }
     }
 
+    fn figures(&self) -> Stats {
+        self.stats()
+    }
+
     fn tick(&self, now: Tenths) -> bool {
         self.look_at_clock(now)
     }

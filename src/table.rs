@@ -214,6 +214,24 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         shared.broadcast(&change).await
     }
 
+    /// Forgets a row on this node alone, at once: as [`invalidate`](Self::invalidate), and tells nobody. For a row that is suspected here.
+    /// Other nodes go on serving what they hold.
+    pub fn forget(&self, key: &K) {
+        self.forget_here(Rows::Keys(vec![RowKey::new(&key.to_parts())]));
+    }
+
+    /// Forgets all rows of the table on this node alone, at once: as [`clear`](Self::clear), and tells nobody. Other nodes go on serving
+    /// what they hold.
+    pub fn forget_all(&self) {
+        self.forget_here(Rows::All);
+    }
+
+    /// Forgets what a message about these rows would make this node forget. Of a cache that is not open yet, nothing is held.
+    fn forget_here(&self, rows: Rows) {
+        let shared = &self.handle.shared;
+        shared.reclaim(shared.tables.apply(&Change::requested(&self.name, rows)));
+    }
+
     /// Keeps the entry of this key, once it is held, however little space there is. Changes invalidate it like any other, and
     /// what is loaded afterwards is kept again. Pinned entries count, so that those of others have less space; if all are pinned, more is
     /// held than the bound says. Each costs whoever looks for space a look: for dozens or hundreds of keys, not for most of a

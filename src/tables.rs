@@ -9,6 +9,7 @@ use crate::{
     digest::Tenths,
     gate::{Before, Word, Words},
     hashed::KeyHash,
+    stats::Stats,
     sync::{Arc, Mutex, lock},
     tags::Tag,
 };
@@ -38,6 +39,11 @@ pub(crate) trait Member: Send + Sync {
 
     /// A fence counts that was sent then, when the database was so far. The gate stands still meanwhile.
     fn advance(&self, _sent: Boot, _mark: &Mark) {}
+
+    /// What it holds, and what it has counted.
+    fn figures(&self) -> Stats {
+        Stats::default()
+    }
 
     /// Tells the time. Returns whether [`reclaim`](Self::reclaim) would find what has expired.
     fn tick(&self, now: Tenths) -> bool;
@@ -320,6 +326,15 @@ impl Tables {
     pub(crate) fn advance(&self, sent: Boot, mark: &Mark) {
         let inner = lock(&self.0);
         inner.caches.iter().for_each(|cache| cache.member.advance(sent, mark));
+    }
+
+    /// What each cache has counted, and whether it serves.
+    pub(crate) fn figures(&self) -> Vec<(String, bool, Stats)> {
+        let caches: Vec<_> = {
+            let inner = lock(&self.0);
+            inner.caches.iter().map(|cache| (cache.name.clone(), Arc::clone(&cache.member))).collect()
+        };
+        caches.into_iter().map(|(name, it)| (name, it.shown().is_coherent(), it.figures())).collect()
     }
 
     /// Tells every cache the time. Returns those in which somebody should look for what has expired.

@@ -9,6 +9,7 @@ mod database;
 mod demo;
 mod doctor;
 pub mod logs;
+mod nodes;
 mod programs;
 mod report;
 pub(crate) mod signals;
@@ -26,11 +27,12 @@ pub use report::report;
 use crate::install::{Level, TrackOptions, Transport};
 
 const STEPS: &str = "\
-Three steps, on a database of yours:
+Steps, on a database of yours:
   export DATABASE_URL=postgres://app@localhost/app
   rowcache migrate up              creates schema `rowcache` (tables of yours are not touched)
   rowcache track public.users      puts triggers on a table
   rowcache watch                   shows every change as it reaches the nodes
+  rowcache nodes                   shows which nodes there are, and how they are
 Something is not as it should be? `rowcache doctor` says what, and what cures it.
 
 No database at hand? `rowcache demo` brings its own.";
@@ -86,6 +88,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Lists the nodes that listen on the database, and how each of them is: it is asked, and says so itself.
+    #[command(after_help = nodes::HELP)]
+    Nodes(nodes::Options),
     /// Looks for what is wrong: triggers, roles, settings, poolers, open transactions, too many notifications; and says
     /// what cures it.
     #[command(after_help = doctor::HELP)]
@@ -222,6 +227,7 @@ impl Cli {
             Command::Untrack { tables } => database::untrack(&self.url(), tables).await?,
             Command::Tracked { json } => database::tracked(&self.url(), *json).await?,
             Command::Watch { tables, json } => watch::watch(&self.url(), tables, *json).await?,
+            Command::Nodes(options) => nodes::nodes(&self.url(), options).await?,
             Command::Doctor(options) => return doctor::doctor(&self.url(), options).await,
             Command::Demo(options) => return demo::demo(self.database_url.as_deref(), options).await,
         }

@@ -40,6 +40,7 @@ use crate::{
     coherence::{Fence, Incarnation},
     config::Config,
     error::{Error, Kind, Result, with_causes},
+    fleet,
     postgres::{
         catalog::{DESCRIBE, Description},
         hosts, is_missing, is_shutdown, schema_too_old,
@@ -79,6 +80,8 @@ pub(crate) struct Sessions {
     control: Client,
     /// Says nothing any more, but dropping it would end its connection.
     _listener: Option<Client>,
+    /// The server's end of it.
+    listener_pid: Option<i32>,
     phase: Arc<Phase>,
     fence: Option<Statement>,
     fingerprints: Ask,
@@ -177,12 +180,14 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
     let received = move |message| hear.received(message);
     let mut tasks = Vec::with_capacity(2);
     let mut incarnation = None;
-    let mut listener = None;
+    let (mut listener, mut listener_pid) = (None, None);
     if config.listen {
         let (client, listening) = connect(config, "listener", received, lost.clone()).await?;
         tasks.push(listening);
-        incarnation = Some(prepare(&client).await?);
-        let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"");
+        let (pid, prepared) = prepare(&client).await?;
+        (listener_pid, incarnation) = (Some(pid), Some(prepared));
+        let asked = if config.answers { format!("; listen {}", fleet::CHANNEL) } else { String::new() };
+        let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"{asked}");
         client.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
         listener = Some(client);
     }
@@ -216,6 +221,7 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
         standby,
         control,
         _listener: listener,
+        listener_pid,
         phase,
         fence,
         fingerprints,
@@ -279,8 +285,7 @@ pub(crate) async fn connect(
     lost: impl FnOnce(String) + Send + 'static,
 ) -> Result<(Client, JoinHandle<()>)> {
     let mut settings = config.listener.clone();
-    let name = settings.get_application_name().map_or_else(|| "rowcache".to_owned(), ToOwned::to_owned);
-    settings.application_name(format!("{name} ({role})"));
+    settings.application_name(session_name(config.name(), role));
     let hosts = hosts::each(&settings);
     let limit = config.beat_timeout.max(Duration::from_secs(1)) / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
     let mut outcome = Err(Error::new(Kind::Config, "the listener's address has no host"));
@@ -300,6 +305,21 @@ pub(crate) async fn connect(
     Ok((client, task))
 }
 
+/// Bytes of an `application_name` that the server keeps.
+pub(crate) const NAME_MAX: usize = 63;
+
+/// What a session calls itself. Cut, so that what it is for is kept: by that nodes find each other. What is not printable ASCII
+/// becomes longer on newer servers.
+fn session_name(name: &str, role: &str) -> String {
+    let role = format!(" ({role})");
+    printable(name, NAME_MAX - role.len()) + &role
+}
+
+pub(crate) fn printable(name: &str, max: usize) -> String {
+    let shown = |char: char| if char == ' ' || char.is_ascii_graphic() { char } else { '?' };
+    name.chars().take(max).map(shown).collect()
+}
+
 /// Drives a connection until it ends; returns how it ended.
 async fn pump<S, T>(mut connection: Connection<S, T>, received: impl Fn(Received) + Sync) -> String
 where
@@ -310,7 +330,11 @@ where
         match poll_fn(|context| connection.poll_message(context)).await {
             Some(Ok(AsyncMessage::Notification(message))) => {
                 let payload = message.payload().to_owned();
-                received(if message.channel() == CHANNEL { Received::Change(payload) } else { Received::Own(payload) });
+                received(match message.channel() {
+                    CHANNEL => Received::Change(payload),
+                    fleet::CHANNEL => Received::Question(payload),
+                    _ => Received::Own(payload),
+                });
             }
             Some(Ok(AsyncMessage::Notice(notice))) => tracing::debug!(%notice, "notice from Postgres"),
             Some(Ok(_)) => {}
@@ -320,10 +344,10 @@ where
     }
 }
 
-/// Checks that this session can be a listener, and learns which server it is on. All before LISTEN.
-async fn prepare(listener: &Client) -> Result<Incarnation> {
+/// Checks that this session can be a listener, and learns its process id, and which server it is on. All before LISTEN.
+async fn prepare(listener: &Client) -> Result<(i32, Incarnation)> {
     let row = listener
-        .query_one("select pg_is_in_recovery()", &[])
+        .query_one("select pg_is_in_recovery(), pg_backend_pid()", &[])
         .await
         .map_err(|error| setup_error("setting up the LISTEN session failed", error))?;
     if row.get(0) {
@@ -338,12 +362,17 @@ async fn prepare(listener: &Client) -> Result<Incarnation> {
     // A notification queue that was full stays so until somebody looks at it (`tests/faults/queue.rs`): whoever fails to send
     // makes no room. Our fences fail then, too, which ends the line and leads here.
     listener.batch_execute("select pg_notification_queue_usage(), rowcache.incarnation()").await.map_err(setup)?;
-    read_incarnation(&listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?)
+    let stamp = listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
+    Ok((row.get(1), read_incarnation(&stamp)?))
 }
 
 impl Line for Sessions {
     fn incarnation(&self) -> Incarnation {
         self.incarnation
+    }
+
+    fn listener(&self) -> Option<i32> {
+        self.listener_pid
     }
 
     fn is_open(&self) -> bool {
@@ -481,7 +510,7 @@ fn connect_error(config: &Config, error: tokio_postgres::Error) -> Error {
     Error::with(Kind::Unavailable, what, error)
 }
 
-fn setup_error(what: &str, error: tokio_postgres::Error) -> Error {
+pub(crate) fn setup_error(what: &str, error: tokio_postgres::Error) -> Error {
     match error.code() {
         Some(code) if is_missing(code.code()) => schema_too_old(),
         Some(code) if !is_shutdown(code.code()) => Error::with(Kind::Refused, what, error),

@@ -4,6 +4,7 @@ pub(crate) mod access;
 pub(crate) mod built;
 pub(crate) mod catalog;
 mod columns;
+pub(crate) mod fleet;
 mod hosts;
 pub mod install;
 mod keys;

@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use sqlx::{
@@ -19,8 +20,9 @@ use crate::{
     coherence::{Fence, Incarnation},
     config::Config,
     error::{Error, Kind, Result},
+    fleet::{FleetNode, answer_channel},
     postgres::{
-        database_error, has_code, is_connection_error,
+        database_error, fleet, has_code, is_connection_error,
         lent::Lent,
         line::{self, FENCE},
     },
@@ -41,8 +43,12 @@ pub(crate) struct Postgres {
 
 impl Postgres {
     pub(crate) fn new(config: Config) -> Self {
-        let pool = config.pool.clone().connect_lazy_with(config.pool_connect.clone());
-        let writes = config.write_pool.clone().connect_lazy_with(config.pool_connect.clone());
+        let mut connect = config.pool_connect.clone();
+        if let Some(name) = &config.name {
+            connect = connect.application_name(&line::printable(name, line::NAME_MAX));
+        }
+        let pool = config.pool.clone().connect_lazy_with(connect.clone());
+        let writes = config.write_pool.clone().connect_lazy_with(connect);
         Self { config, pool, writes, standby: Arc::default() }
     }
 }
@@ -83,6 +89,22 @@ impl Server for Postgres {
             let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
             let tell = sqlx::query(tell).bind(payload);
             fetch(&mut connection, tell, self.config.pooler).await.map_err(failed)?;
+            connection.give_back();
+            Ok(())
+        })
+    }
+
+    fn ask_all(&self, deadline: Duration) -> Answer<'_, Option<Vec<FleetNode>>> {
+        Box::pin(async move { fleet::ask(&self.config, deadline).await.map(Some) })
+    }
+
+    fn answer(&self, question: Uuid, payload: String) -> Answer<'_, ()> {
+        Box::pin(async move {
+            let failed = |error| database_error("answering a question about this node", error);
+            let mut connection = Lent::acquire(&self.pool).await.map_err(failed)?;
+            let limit = line::lock_timeout(&self.config).to_string();
+            let answer = sqlx::query(fleet::NOTIFY).bind(answer_channel(question)).bind(payload).bind(limit);
+            fetch(&mut connection, answer, self.config.pooler).await.map_err(failed)?;
             connection.give_back();
             Ok(())
         })

@@ -61,6 +61,7 @@ impl Listener {
             let mut seen = counting.lock().unwrap_or_else(PoisonError::into_inner);
             match received {
                 Received::Change(payload) => seen.message(&payload),
+                Received::Question(_) => {}
                 Received::Own(payload) => {
                     if let Ok(nonce) = payload.parse::<Uuid>() {
                         let now = Instant::now();

@@ -434,6 +434,7 @@ fn from_item(item: &Item) -> Message {
     match item {
         Item::Overflow | Item::Missed => Message::Everything,
         Item::Polled(..) => unreachable!("what is polled does not pass through a relay"),
+        Item::Question(_) => unreachable!("nobody asks"),
         // A fence that nobody waits for: the production drops it. There is no fence 0.
         Item::Message(text) if text.starts_with('{') => Message::Fence { nonce: 0, horizon: Horizon::default() },
         Item::Message(text) => {
