@@ -43,11 +43,13 @@ impl Shared {
         let limit = self.config.beat_timeout;
         let answering = async {
             // The question came by NOTIFY, behind all that is told in this way. What is told by way of the change log may not have been
-            // read yet: a fence that starts now has read what was visible before. Without one the node is not coherent, and says so.
-            if self.tables.is_told(None, Via::Log) {
-                let _ = self.fence().await;
+            // read yet: a fence that starts now has read what was visible before. Without one the node says that it is in doubt, even if
+            // that has ended meanwhile: it may have ended by a fence that is older than the question.
+            let doubt = if self.tables.is_told(None, Via::Log) { self.fence().await.err() } else { None };
+            let Some(mut reply) = self.reply() else { return Ok(()) };
+            if let Some(why) = doubt {
+                (reply.report.is_coherent, reply.report.reason) = (false, Some(why.to_string()));
             }
-            let Some(reply) = self.reply() else { return Ok(()) };
             self.server.answer(question, reply.to_payload()).await
         };
         match timeout(limit, answering).await {

@@ -39,8 +39,9 @@ const TEXT_MAX: usize = 200;
 /// [`Config::listen`](crate::Config::listen) off, also if they are coherent by way of the change log. Nor a node that has lost its
 /// connection, and connects again; for [`Config::staleness_bound`](crate::Config::staleness_bound) at most it may not know that itself.
 ///
-/// **What an answer means.** The node has applied everything that was committed before the question was sent: also what the call that
-/// asks came after, such as a [`Table::clear`](crate::Table::clear) that has returned. Nothing is known of nodes that are [silent](Self::silent).
+/// **What an answer means.** If it says that the node is coherent, the node has applied everything that was committed before the question was
+/// sent, such as a [`Table::clear`](crate::Table::clear) that had returned before. Else it serves nothing from memory, but to reads that allow for old rows.
+/// Nothing is known of nodes that are [silent](Self::silent).
 ///
 /// Answers are hints for people and dashboards, not proofs: anybody who may connect to the database can answer in a node's
 /// place.

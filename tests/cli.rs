@@ -9,6 +9,8 @@ mod commands;
 mod demo;
 #[path = "cli/doctor/mod.rs"]
 mod doctor;
+#[path = "cli/nodes.rs"]
+mod nodes;
 #[path = "cli/program.rs"]
 mod program;
 #[path = "cli/watch.rs"]

@@ -23,6 +23,7 @@ mod bounds;
 mod events;
 mod examples;
 mod expiry;
+mod fleet;
 mod freshness;
 mod gap;
 mod hashed;

@@ -16,7 +16,7 @@ async fn help_teaches() {
     assert!(at("rowcache migrate up") < at("rowcache track public.users"));
     assert!(at("rowcache track public.users") < at("rowcache watch"));
     assert!(at("rowcache demo") > 0 && at("DATABASE_URL") > 0);
-    for command in ["migrate", "track", "untrack", "tracked", "watch", "doctor", "demo"] {
+    for command in ["migrate", "track", "untrack", "tracked", "watch", "nodes", "doctor", "demo"] {
         let help = end(rowcache(&[command, "--help"])).await.ok();
         assert!(help.contains("Example") && help.contains(&format!("  rowcache {command}")), "{help}");
     }
@@ -37,6 +37,7 @@ async fn wrong_usage_ends_with_2() {
         (&["no-such-command"], "no-such-command"),
         (&["migrate", "down", "--steps", "0"], "--steps"),
         (&["demo", "--nodes", "0"], "--nodes"),
+        (&["nodes", "--deadline", "0"], "--deadline"),
     ] {
         let Ended { code, out, err } = end(rowcache(args)).await;
         assert_eq!((code, out.as_str()), (Some(2), ""), "{args:?}: {err}");
@@ -50,7 +51,7 @@ async fn a_server_that_is_not_there() {
     let port = listener.local_addr().unwrap().port();
     drop(listener);
     let url = format!("postgres://app:hunter2@127.0.0.1:{port}/app");
-    for args in [&["tracked"][..], &["watch"], &["demo", "--plain"]] {
+    for args in [&["tracked"][..], &["watch"], &["nodes"], &["demo", "--plain"]] {
         let ended = run(&url, args).await;
         ended.failed_with(&format!("app@127.0.0.1:{port}/app"), "--database-url");
         assert_eq!(ended.err.matches("refused").count(), 1, "{ended:?}");
