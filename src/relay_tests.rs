@@ -100,6 +100,39 @@ fn the_spare_covers_when_the_primary_has_received_the_fence_and_not_when_the_spa
 }
 
 #[test]
+fn questions_are_handed_over_in_their_turn_and_make_nobody_forget() {
+    let question = |n| Item::Question(uuid(n));
+    let bytes_max = 2 * ("m1".len() + size_of::<Item>());
+    let mut relay = Relay::new(bytes_max);
+    let (primary, spare) = (relay.next_id(), relay.next_id());
+    relay.lead(primary, LEFT);
+    relay.attach(spare, RIGHT);
+    for n in [0, 1] {
+        // What stands before a fence that both have received is forgotten, and makes room.
+        for n in 0..1000 {
+            relay.received(spare, question(n));
+        }
+        relay.fence_sent(uuid(n), at(0));
+        relay.received(spare, fence(n));
+        relay.received(spare, message(1));
+        relay.received(spare, question(7));
+        relay.received(spare, message(2));
+        relay.received(primary, fence(n));
+    }
+    assert_eq!(relay.received(primary, question(7)), (Some(question(7)), false));
+    let mut copy = relay.clone();
+    assert_eq!(handed_over(&mut relay, primary), [message(1), question(7), message(2)]);
+    for n in 0..1000 {
+        copy.received(spare, question(n));
+    }
+    let mut full = copy.clone();
+    assert_eq!(handed_over(&mut copy, primary).len(), 2 + QUESTIONS_MAX);
+    // An overflow, which messages alone can cause, gives questions up.
+    full.received(spare, message(3));
+    assert_eq!(handed_over(&mut full, primary), [Item::Overflow]);
+}
+
+#[test]
 fn what_is_kept_is_bounded_to_the_byte() {
     let each = "m1".len() + size_of::<Item>();
     let in_time = vec![message(1), fence(1), message(2)];
