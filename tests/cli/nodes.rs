@@ -39,7 +39,7 @@ pg_test! {
         batch.set_caching(false);
         let _ghost = connect(&format!("{}?application_name=ghost%20%28listener%29", db.url)).await;
 
-        let out = run(&db.url, &["nodes", "--deadline", "2.5"]).await.ok();
+        let out = run(&db.url, &["nodes", "--deadline", "3"]).await.ok();
         assert_eq!(cells(&out, "name"), ["name", "status", "as of", "hits", "entries", "version", "up", "address", "client"], "{out}");
         let first: Vec<_> = out.lines().take(4).map(|line| line.split("  ").next().unwrap()).collect();
         assert_eq!(first, ["name", "batch", "ghost", "web-1"], "{out}");
@@ -47,12 +47,12 @@ pg_test! {
         assert_eq!((row[1], &row[3..6]), ("coherent", &["50.0 %", "2", env!("CARGO_PKG_VERSION")][..]), "{out}");
         assert!(row[2].ends_with(" s ago") && row[6].ends_with(" s"), "{out}");
         assert_eq!(row[7..], ["http://web-1:8080", "127.0.0.1"], "{out}");
-        assert_eq!(cells(&out, "ghost")[1..], ["did not answer within 2.5 s", "-", "-", "-", "-", "-", "-", "127.0.0.1"], "{out}");
+        assert_eq!(cells(&out, "ghost")[1..], ["did not answer within 3 s", "-", "-", "-", "-", "-", "-", "127.0.0.1"], "{out}");
         assert_eq!(cells(&out, "batch ")[1], "not coherent, see below", "{out}");
         assert!(out.lines().any(|line| line.starts_with("batch: ") && line.contains("caching")), "{out}");
 
-        let json: Value = serde_json::from_str(&run(&db.url, &["nodes", "--json"]).await.ok()).expect("JSON");
-        assert_eq!((&json["answered"], &json["silent"], &json["deadline_seconds"]), (&2.into(), &1.into(), &1.0.into()));
+        let json: Value = serde_json::from_str(&run(&db.url, &["nodes", "--json", "--deadline", "3"]).await.ok()).expect("JSON");
+        assert_eq!((&json["answered"], &json["silent"], &json["deadline_seconds"]), (&2.into(), &1.into(), &3.0.into()));
         let [batch, ghost, web] = json["nodes"].as_array().expect("a list").as_slice() else { panic!("{json}") };
         assert_eq!((&batch["report"]["coherent"], &batch["answered"]), (&false.into(), &true.into()), "{json}");
         assert_eq!((&ghost["name"], &ghost["report"]), (&"ghost".into(), &Value::Null), "{json}");
