@@ -64,7 +64,7 @@ impl Shared {
     /// How this node is. `None`: it has lost its line, and with it the session by which others know it.
     fn reply(&self) -> Option<Reply> {
         let [listener, spare] = self.listeners();
-        Some(Reply { name: self.config.name().to_owned(), listener: listener?, spare, report: self.report() })
+        Some(Reply { name: self.config.called().to_owned(), listener: listener?, spare, report: self.report() })
     }
 
     pub(crate) fn report(&self) -> NodeReport {
@@ -121,7 +121,7 @@ impl Shared {
 
     /// This node, of a database in memory.
     fn alone(&self) -> FleetNode {
-        let (name, report) = (self.config.name().to_owned(), Some(self.report()));
+        let (name, report) = (self.config.called().to_owned(), Some(self.report()));
         FleetNode {
             name,
             listener_pid: 0,

@@ -192,7 +192,7 @@ impl Config {
     }
 
     /// What the node is called.
-    pub(crate) fn name(&self) -> &str {
+    pub(crate) fn called(&self) -> &str {
         self.name.as_deref().or(self.listener.get_application_name()).unwrap_or("rowcache")
     }
 

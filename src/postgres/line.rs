@@ -285,7 +285,7 @@ pub(crate) async fn connect(
     lost: impl FnOnce(String) + Send + 'static,
 ) -> Result<(Client, JoinHandle<()>)> {
     let mut settings = config.listener.clone();
-    settings.application_name(session_name(config.name(), role));
+    settings.application_name(session_name(config.called(), role));
     let hosts = hosts::each(&settings);
     let limit = config.beat_timeout.max(Duration::from_secs(1)) / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
     let mut outcome = Err(Error::new(Kind::Config, "the listener's address has no host"));
