@@ -114,14 +114,15 @@ fn questions_are_handed_over_in_their_turn_and_make_nobody_forget() {
         }
         relay.fence_sent(uuid(n), at(0));
         relay.received(spare, fence(n));
-        relay.received(spare, message(1));
-        relay.received(spare, question(7));
-        relay.received(spare, message(2));
+        relay.received(spare, question(5));
         relay.received(primary, fence(n));
+    }
+    for item in [message(1), question(7), message(2)] {
+        relay.received(spare, item);
     }
     assert_eq!(relay.received(primary, question(7)), (Some(question(7)), false));
     let mut copy = relay.clone();
-    assert_eq!(handed_over(&mut relay, primary), [message(1), question(7), message(2)]);
+    assert_eq!(handed_over(&mut relay, primary), [question(5), message(1), question(7), message(2)]);
     for n in 0..1000 {
         copy.received(spare, question(n));
     }
