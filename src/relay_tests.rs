@@ -114,8 +114,8 @@ fn questions_are_handed_over_in_their_turn_and_make_nobody_forget() {
         }
         relay.fence_sent(uuid(n), at(0));
         relay.received(spare, fence(n));
-        relay.received(spare, question(5));
         relay.received(primary, fence(n));
+        relay.received(spare, question(5));
     }
     for item in [message(1), question(7), message(2)] {
         relay.received(spare, item);
