@@ -81,8 +81,10 @@ pg_test! {
         // When a shared value ends, and until when somebody computes it, is a matter of time: that of one clock, the database's, on all
         // nodes. It does not decide which of two values is newer, nor whether one that was computed may be stored.
         const TIMES: [&str; 2] = ["/src/postgres/values.rs", "/migrations/0005_shared_values.up.sql"];
+        // For how long a session has been open is shown, by the database's clock, and decides nothing.
+        const SHOWN: [&str; 1] = ["/src/postgres/fleet.rs"];
         let code = sources("src", ".rs").into_iter().chain(sources("migrations", ".up.sql"));
-        let others = || OTHERS.iter().chain(&TIMES);
+        let others = || OTHERS.iter().chain(&TIMES).chain(&SHOWN);
         let of_library = code.filter(|(path, _)| !others().any(|it| path.contains(it)));
         let mut read = 0;
         for (path, text) in of_library {
