@@ -17,7 +17,7 @@ use crate::{
     fill::Join,
     key::Key,
     shared::{Shared, Whose},
-    store::{Answer, Asked, Cached, Entry, Outcome, Rescue},
+    store::{Answer, Asked, Cached, Entry, Rescue},
     table::Table,
     token::{Token, incarnation_id},
 };
@@ -85,6 +85,24 @@ pub enum Fallback {
     Fail,
 }
 
+/// How a read was answered.
+#[cfg(feature = "serve")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From memory.
+    Held,
+    /// From memory, while the node is not coherent.
+    Stale,
+    /// From memory, as a load failed or took too long.
+    Rescued,
+    /// By a load.
+    Loaded,
+    /// By a load that somebody else had asked for.
+    Joined,
+    /// Not at all.
+    Refused,
+}
+
 /// What a read accepts.
 #[derive(Clone, Copy)]
 pub(crate) struct Terms {
@@ -139,9 +157,57 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         let asked = asked?;
         let mut rows = Vec::with_capacity(keys.len());
         for (key, asked) in keys.iter().zip(asked) {
-            rows.push(self.accept(key, asked, terms).await?);
+            rows.push(self.accept(key, asked, terms).await?.0);
         }
         Ok(rows)
+    }
+
+    /// As [`get_with`](Self::get_with), and how it was answered.
+    #[cfg(feature = "serve")]
+    pub(crate) async fn trace(&self, key: &K, freshness: Freshness) -> (Way, Result<Option<Cached<V>>>) {
+        let mut way = Way::Refused;
+        let row = async {
+            let terms = self.terms(freshness).await?;
+            self.opened().await?;
+            let mut wanted = Vec::new();
+            let asked = self.ask(key, terms, &mut wanted)?;
+            way = match &asked {
+                Asked::Hit(_) => self.held_way(),
+                Asked::Wait(_) if wanted.is_empty() => Way::Joined,
+                Asked::Wait(_) => Way::Loaded,
+            };
+            self.start_loads(wanted);
+            let (row, is_rescued) = self.accept(key, asked, terms).await?;
+            if is_rescued {
+                way = Way::Rescued;
+            }
+            Ok(row)
+        };
+        let row = row.await;
+        (way, row)
+    }
+
+    /// What a hit is answered with. `None`: it is none.
+    #[cfg(feature = "serve")]
+    pub(crate) fn held(&self, key: &K) -> Option<Option<Cached<V>>> {
+        self.store.lookup(key).map(Cached::new)
+    }
+
+    /// What is held, if everything visible so long ago is in it; also while the node is not coherent.
+    #[cfg(feature = "serve")]
+    pub(crate) fn held_within(&self, key: &K, limit: Duration) -> Option<(Way, Option<Cached<V>>)> {
+        // As of `Within`: the age first.
+        if self.shared().age() > limit {
+            return None;
+        }
+        let entry = self.store.lookup_stale(key)?;
+        Some((self.held_way(), Cached::new(entry)))
+    }
+
+    /// How what is held answers now.
+    #[cfg(feature = "serve")]
+    fn held_way(&self) -> Way {
+        if self.store.is_coherent() { Way::Held } else { Way::Stale }
     }
 
     /// The rows with these keys, in the order of the keys, all from one snapshot of the database: if a transaction changed
@@ -259,7 +325,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         let mut wanted = Vec::new();
         let asked = self.ask(key, terms, &mut wanted)?;
         self.start_loads(wanted);
-        self.accept(key, asked, terms).await
+        Ok(self.accept(key, asked, terms).await?.0)
     }
 
     fn ask(&self, key: &K, terms: Terms, wanted: &mut Vec<K>) -> Result<Asked<V>> {
@@ -274,25 +340,25 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         Ok(self.store.ask(key, terms.join, wanted))
     }
 
-    /// Waits for the answer, and holds it against the terms.
-    async fn accept(&self, key: &K, asked: Asked<V>, terms: Terms) -> Result<Option<Cached<V>>> {
+    /// Waits for the answer, and holds it against the terms. Also whether what is held answered because a load failed or took too long.
+    async fn accept(&self, key: &K, asked: Asked<V>, terms: Terms) -> Result<(Option<Cached<V>>, bool)> {
         let held = match &asked {
             // Entries are of the incarnation that the node listens to.
             Asked::Hit(_) => self.shared().look(|coherence| coherence.incarnation()),
             Asked::Wait(_) => None,
         };
-        let Answer { entry, read } = self.answer_or_rescue(key, asked, terms).await?;
+        let (Answer { entry, read }, is_rescued) = self.answer_or_rescue(key, asked, terms).await?;
         match terms.of {
             Some(token) if held.or(read).map(incarnation_id) != Some(token.incarnation) => {
                 Err(Shared::other_incarnation(token))
             }
-            _ => Ok(Cached::new(entry)),
+            _ => Ok((Cached::new(entry), is_rescued)),
         }
     }
 
     /// The answer; or, if the load fails or takes longer than callers are to wait, what is held, if there is something.
-    async fn answer_or_rescue(&self, key: &K, mut asked: Asked<V>, terms: Terms) -> Outcome<V> {
-        let rescued = || self.rescued(key, terms).map(|entry| Answer { entry, read: None });
+    async fn answer_or_rescue(&self, key: &K, mut asked: Asked<V>, terms: Terms) -> Result<(Answer<V>, bool)> {
+        let rescued = || self.rescued(key, terms).map(|entry| (Answer { entry, read: None }, true));
         let outcome = match (&mut asked, terms.soft) {
             (Asked::Wait(answer), Some(soft)) => match timeout_at(soft, answer).await {
                 Ok(outcome) => outcome.unwrap_or_else(|_| Err(self.given_up(key))),
@@ -305,7 +371,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         };
         match outcome {
             Err(error) if error.is_outage() => rescued().ok_or(error),
-            outcome => outcome,
+            outcome => outcome.map(|answer| (answer, false)),
         }
     }
 
@@ -324,7 +390,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     }
 
     /// All rows with one statement. Nothing is kept, and what was held of these rows is forgotten: it may be older.
-    async fn load_together(&self, keys: &[K]) -> Result<Vec<Option<Cached<V>>>> {
+    pub(crate) async fn load_together(&self, keys: &[K]) -> Result<Vec<Option<Cached<V>>>> {
         let mut places: HashMap<&K, usize> = HashMap::with_capacity(keys.len());
         let mut unique: Vec<K> = Vec::with_capacity(keys.len());
         for key in keys {

@@ -249,6 +249,13 @@ pub trait Key: Clone + Eq + Hash + fmt::Debug + Send + Sync + 'static {
     /// The type of each key column, in key order.
     fn types() -> Vec<KeyType>;
 
+    /// Whether it holds the key of every table, so that [`types`](Self::types) is empty and the table's are taken.
+    #[doc(hidden)]
+    #[must_use]
+    fn fits_any() -> bool {
+        false
+    }
+
     /// Reads a key. `None` when the parts are not of this key's types.
     fn from_parts(parts: &[KeyPart<'_>]) -> Option<Self>;
 
@@ -339,6 +346,8 @@ macro_rules! single {
 single!(i16, i32, i64, String, Uuid);
 
 // After the macro that they use.
+#[cfg(feature = "serve")]
+mod any;
 #[cfg(any(feature = "chrono", feature = "time", test))]
 mod moments;
 mod plain;
@@ -349,6 +358,8 @@ mod with_decimal;
 #[cfg(feature = "time")]
 mod with_time;
 
+#[cfg(feature = "serve")]
+pub(crate) use any::{AnyKey, texts};
 pub use plain::EnumLabel;
 pub(crate) use plain::{bool_text, from_hex, to_hex};
 

@@ -154,6 +154,8 @@ mod preloaded;
 mod refill;
 mod refresh;
 mod relay;
+#[cfg(feature = "serve")]
+pub(crate) mod serve;
 mod server;
 mod settings;
 mod shared;

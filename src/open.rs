@@ -30,7 +30,7 @@ use crate::{
     options::{OnChange, TableOptions, Tiering},
     postgres::{
         access::Access,
-        catalog::{self, TrackedTable, Widths},
+        catalog::{self, Depends, TrackedTable, Widths},
         rows::{Keeps, Rows},
         server::Postgres,
     },
@@ -69,7 +69,7 @@ pub(crate) type Finding<K, V> = Pin<Box<dyn Future<Output = Result<Found<K, V>>>
 
 impl Opener {
     /// A table, by its own key.
-    async fn tracked<K: Key>(&self, name: &str) -> Result<TrackedTable> {
+    pub(crate) async fn tracked<K: Key>(&self, name: &str) -> Result<TrackedTable> {
         catalog::open::<K>(&self.postgres.pool, self.shared.config.pooler, name).await
     }
 
@@ -96,18 +96,18 @@ impl Opener {
         name: &str,
         key_columns: Vec<String>,
     ) -> Result<(TrackedTable, On, Vec<String>)> {
-        let (on, order) = self.depend::<K>(name, Some(&key_columns), Widths::Exact).await?;
+        let Depends { on, types: key_types, key } = self.depend::<K>(name, Some(&key_columns), Widths::Exact).await?;
         let (name, trust) = (on.table.clone(), on.trust.clone());
-        Ok((TrackedTable { name, key_columns, is_keyed: false, trust, secret: None }, on, order))
+        Ok((TrackedTable { name, key_columns, key_types, is_keyed: false, trust, secret: None }, on, key))
     }
 
-    /// How a cache under `K` depends on a table, and the columns of the table's key.
+    /// How a cache under `K` depends on a table.
     pub(crate) async fn depend<K: Key>(
         &self,
         name: &str,
         columns: Option<&[String]>,
         widths: Widths,
-    ) -> Result<(On, Vec<String>)> {
+    ) -> Result<Depends> {
         catalog::depend::<K>(&self.postgres.pool, self.shared.config.pooler, name, columns, widths).await
     }
 

@@ -207,7 +207,7 @@ impl<'n> View<'n> {
                 let mut tagged = BTreeSet::new();
                 for (table, which) in &tables {
                     let columns = if let Which::InColumns(columns) = which { Some(&columns[..]) } else { None };
-                    let mut depends = opener.depend::<K>(table, columns, Widths::Any).await?.0;
+                    let mut depends = opener.depend::<K>(table, columns, Widths::Any).await?.on;
                     if let Which::Tagged = which {
                         depends.by = By::Tagged;
                         if depends.table != *table {

@@ -9,7 +9,9 @@ use rowcache::cli::{Cli, logs, report};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logs::start(cli.log_level());
+    if let Some(level) = cli.log_level() {
+        logs::start(level);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     match runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(cli.run())) {
         Ok(code) => code,

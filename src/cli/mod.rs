@@ -23,6 +23,8 @@ use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 
 pub use report::report;
+#[cfg(feature = "serve")]
+pub(crate) use report::with_causes;
 
 use crate::install::{Level, TrackOptions, Transport};
 
@@ -95,6 +97,10 @@ enum Command {
     /// what cures it.
     #[command(after_help = doctor::HELP)]
     Doctor(doctor::Options),
+    /// Serves rows over HTTP: the same cache for programs that are not written in Rust, and a page to look into it.
+    #[cfg(feature = "serve")]
+    #[command(after_help = crate::serve::options::HELP)]
+    Serve(Box<crate::serve::options::Flags>),
     /// Shows it at work: a throw-away database, psql processes that write, nodes that read, and a check of every promise.
     #[command(after_help = demo::HELP)]
     Demo(demo::Options),
@@ -199,12 +205,14 @@ impl Track {
 
 impl Cli {
     /// What is logged unless `RUST_LOG` says otherwise. Commands that show what happens to a node do not need the
-    /// library's warnings about it as well.
+    /// library's warnings about it as well. `None`: the command starts its own log.
     #[must_use]
-    pub fn log_level(&self) -> &'static str {
+    pub fn log_level(&self) -> Option<&'static str> {
         match self.command {
-            Command::Watch { .. } | Command::Demo(_) => "error",
-            _ => "warn",
+            #[cfg(feature = "serve")]
+            Command::Serve(_) => None,
+            Command::Watch { .. } | Command::Demo(_) => Some("error"),
+            _ => Some("warn"),
         }
     }
 
@@ -229,6 +237,11 @@ impl Cli {
             Command::Watch { tables, json } => watch::watch(&self.url(), tables, *json).await?,
             Command::Nodes(options) => nodes::nodes(&self.url(), options).await?,
             Command::Doctor(options) => return doctor::doctor(&self.url(), options).await,
+            #[cfg(feature = "serve")]
+            Command::Serve(flags) => {
+                let url = self.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok());
+                return crate::serve::serve(flags, url).await;
+            }
             Command::Demo(options) => return demo::demo(self.database_url.as_deref(), options).await,
         }
         Ok(ExitCode::SUCCESS)

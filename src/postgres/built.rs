@@ -21,7 +21,7 @@ use super::rows::{incarnation, panic_message};
 use crate::{
     coherence::Incarnation,
     error::{Error, Kind, Result},
-    key::{self, Key},
+    key::{self, Key, KeyType},
     postgres::{
         access::{Access, Attempt, Failed},
         database_error, has_code, is_connection_error, keys,
@@ -42,6 +42,7 @@ pub(crate) struct Built<K, V, F> {
     access: Access,
     name: String,
     load: Arc<F>,
+    key_types: Vec<KeyType>,
     /// The tables whose rows entries may be tagged with.
     tagged: BTreeSet<String>,
     types: PhantomData<fn() -> (K, V)>,
@@ -62,7 +63,7 @@ where
     F: for<'a> Fn(&'a [K], &'a mut PgConnection) -> Building<'a, K, Tagged<V>> + Send + Sync,
 {
     pub(crate) fn new(access: Access, name: &str, load: Arc<F>, tagged: BTreeSet<String>) -> Self {
-        Self { access, name: name.to_owned(), load, tagged, types: PhantomData }
+        Self { access, name: name.to_owned(), load, key_types: K::types(), tagged, types: PhantomData }
     }
 
     async fn load_together(&self, keys: &[K], deadline: Instant) -> Result<Loaded<V>> {
@@ -212,7 +213,7 @@ where
     }
 
     fn keys<'a>(&'a self, query: &'a str, max: usize, limit: Duration) -> Listing<'a, K> {
-        Box::pin(keys::read(&self.access, &self.name, query, max, limit))
+        Box::pin(keys::read(&self.access, &self.name, &self.key_types, query, max, limit))
     }
 
     fn digests<'a>(&'a self, _keys: &'a [K]) -> Digesting<'a> {

@@ -51,6 +51,7 @@ pub(crate) struct TrackedTable {
     pub(crate) name: String,
     /// Those by which it is cached.
     pub(crate) key_columns: Vec<String>,
+    pub(crate) key_types: Vec<KeyType>,
     /// They are its key.
     pub(crate) is_keyed: bool,
     pub(crate) trust: Trust,
@@ -91,30 +92,40 @@ async fn look_up<K: Key>(asking: &mut PgConnection, pooler: bool, name: &str) ->
     Ok(table)
 }
 
-/// What a cache under `K` depends on: this table, by these columns, or by whatever of its rows changes. Also the columns of its own key.
+/// What a cache under `K` depends on.
+pub(crate) struct Depends {
+    pub(crate) on: On,
+    /// Of the columns that it depends by.
+    pub(crate) types: Vec<KeyType>,
+    /// The columns of the table's own key.
+    pub(crate) key: Vec<String>,
+}
+
+/// What a cache under `K` depends on: this table, by these columns, or by whatever of its rows changes.
 pub(crate) async fn depend<K: Key>(
     pool: &PgPool,
     pooler: bool,
     name: &str,
     columns: Option<&[String]>,
     widths: Widths,
-) -> Result<(On, Vec<String>)> {
+) -> Result<Depends> {
     let failed = |error| looking_up(name, error);
     let mut asking = asking(pool, pooler, name).await?;
     let description: Description =
         sqlx::query_as(DESCRIBE).bind(name).persistent(!pooler).fetch_one(&mut **asking).await.map_err(failed)?;
     let fingerprint = description.usable(name)?;
     let relation = description.relation.clone().unwrap_or_default();
-    let by = match columns {
-        None => By::Any,
+    let (by, types) = match columns {
+        None => (By::Any, Vec::new()),
         Some(columns) => {
             let types = sqlx::query_as(TYPES).bind(&relation).bind(columns).persistent(!pooler);
             let types: Vec<(String, Option<String>, bool)> = types.fetch_all(&mut **asking).await.map_err(failed)?;
-            By::Columns(description.columns::<K>(&relation, columns, &types, widths)?)
+            let (columns, types) = description.columns::<K>(&relation, columns, &types, widths)?;
+            (By::Columns(columns), types)
         }
     };
     let trust = Trust { fingerprint, key: description.key_as_sent(), via: description.via() };
-    Ok((On { table: relation, trust, by }, description.key_columns))
+    Ok(Depends { on: On { table: relation, trust, by }, types, key: description.key_columns })
 }
 
 /// Whether integers of one width are held in those of another one.
@@ -127,7 +138,7 @@ pub(crate) enum Widths {
 }
 
 /// The types of columns, in the order in which they are named, and whether they are enums; null: there is no such column.
-const TYPES: &str = "select c.name, format_type(rowcache.base_type(a.atttypid), null), coalesce(t.typtype = 'e', false) \
+pub(super) const TYPES: &str = "select c.name, format_type(rowcache.base_type(a.atttypid), null), coalesce(t.typtype = 'e', false) \
      from unnest($2::text[]) with ordinality as c(name, position) \
      left join pg_attribute a on a.attrelid = $1::text::regclass and a.attname = c.name and a.attnum > 0 and not a.attisdropped \
      left join pg_type t on t.oid = a.atttypid \
@@ -181,11 +192,12 @@ impl Description {
     fn check<K: Key>(self, name: &str) -> Result<TrackedTable> {
         let fingerprint = self.usable(name)?;
         let relation = self.relation.clone().unwrap_or_default();
-        check_key::<K>(&relation, &self)?;
+        let key_types = check_key::<K>(&relation, &self)?;
         let (key, via) = (self.key_as_sent(), self.via());
         Ok(TrackedTable {
             name: relation,
             key_columns: self.key_columns,
+            key_types,
             is_keyed: true,
             trust: Trust { fingerprint, key, via },
             secret: None,
@@ -230,14 +242,15 @@ impl Description {
         self.fingerprint.clone().ok_or_else(dropped)
     }
 
-    /// Where messages have the values of these columns, if they make a key of type `K`; else what is in the way and the cure.
+    /// Where messages have the values of these columns, and of which types they are, if they make a key of type `K`; else what is in the way
+    /// and the cure.
     fn columns<K: Key>(
         &self,
         relation: &str,
         columns: &[String],
         types: &[(String, Option<String>, bool)],
         widths: Widths,
-    ) -> Result<Vec<Column>> {
+    ) -> Result<(Vec<Column>, Vec<KeyType>)> {
         let table = |message: String| Error::new(Kind::Table, message);
         if let Some((column, ..)) = types.iter().find(|(_, of, _)| of.is_none()) {
             return Err(table(format!("table {relation} has no column {column}")));
@@ -252,7 +265,7 @@ impl Description {
         let fits = |found: &Option<KeyType>, wanted: &KeyType| {
             *found == Some(*wanted) || widths == Widths::Any && wanted.is_int() && found.is_some_and(KeyType::is_int)
         };
-        let wanted = K::types();
+        let wanted = wanted::<K>(&found);
         if found.len() != wanted.len() || !found.iter().zip(&wanted).all(|(found, wanted)| fits(found, wanted)) {
             let of: Vec<_> =
                 types.iter().map(|(name, of, _)| format!("{name} {}", of.as_deref().unwrap_or_default())).collect();
@@ -278,7 +291,8 @@ impl Description {
             ));
         }
         let place = |name: &String| self.key_columns.iter().position(|column| column == name);
-        Ok(columns.iter().map(|name| place(name).map_or_else(|| Column::Sent(name.clone()), Column::Key)).collect())
+        let columns = columns.iter().map(|name| place(name).map_or_else(|| Column::Sent(name.clone()), Column::Key));
+        Ok((columns.collect(), wanted))
     }
 
     fn via(&self) -> Via {
@@ -298,12 +312,17 @@ impl Description {
     }
 }
 
-fn check_key<K: Key>(table: &str, description: &Description) -> Result<()> {
-    let wanted = K::types();
+/// The types that `K` holds, of a key with these types.
+fn wanted<K: Key>(found: &[Option<KeyType>]) -> Vec<KeyType> {
+    if K::fits_any() { found.iter().copied().flatten().collect() } else { K::types() }
+}
+
+fn check_key<K: Key>(table: &str, description: &Description) -> Result<Vec<KeyType>> {
     let types = description.key_types.iter().zip(&description.key_enums);
     let known: Vec<_> = types.map(|(name, is_enum)| key_type(name, *is_enum)).collect();
+    let wanted = wanted::<K>(&known);
     if known.iter().copied().eq(wanted.iter().copied().map(Some)) {
-        return Ok(());
+        return Ok(wanted);
     }
     Err(Error::new(
         Kind::Table,
@@ -321,7 +340,7 @@ fn rust(types: &[KeyType]) -> String {
     if let [one] = names[..] { one.to_owned() } else { format!("({})", names.join(", ")) }
 }
 
-fn key_type(name: &str, is_enum: bool) -> Option<KeyType> {
+pub(super) fn key_type(name: &str, is_enum: bool) -> Option<KeyType> {
     if is_enum { Some(KeyType::Enum) } else { KeyType::from_postgres(name) }
 }
 

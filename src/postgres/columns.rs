@@ -220,10 +220,11 @@ fn int(part: &KeyPart<'_>) -> i64 {
     }
 }
 
-fn uuid(part: &KeyPart<'_>) -> Uuid {
+fn uuid(part: &KeyPart<'_>) -> Option<Uuid> {
     match part {
-        KeyPart::Uuid(value) => *value,
-        other => unreachable!("a uuid key has uuid parts, not {other:?}"),
+        KeyPart::Uuid(value) => Some(*value),
+        KeyPart::Text(text) => Uuid::try_parse(text).ok(),
+        KeyPart::Int(_) => unreachable!("a uuid key has uuid parts, not {part:?}"),
     }
 }
 

@@ -33,12 +33,12 @@ pub(super) fn parts(row: &PgRow, first: usize, types: &[KeyType]) -> sqlx::Resul
 pub(super) async fn read<K: Key>(
     access: &Access,
     cache: &str,
+    types: &[KeyType],
     query: &str,
     max: usize,
     limit: Duration,
 ) -> Result<Vec<K>> {
     let query = query.trim().trim_end_matches(';');
-    let types = K::types();
     // The columns as they are read, and then all that there are, which shows whether there are more.
     let names: Vec<String> = (0..types.len()).map(|n| format!("k{n}")).collect();
     let column = |(of, name): (&KeyType, &String)| KeyColumn { of: *of, table: "", name }.value();
@@ -70,7 +70,7 @@ pub(super) async fn read<K: Key>(
         if found != types.len() {
             return Err(broken(&format!("the query returns {found} columns")));
         }
-        let Some(parts) = parts(row, 0, &types).map_err(|error| broken(&error.to_string()))? else { continue };
+        let Some(parts) = parts(row, 0, types).map_err(|error| broken(&error.to_string()))? else { continue };
         keys.push(K::from_parts(&parts).ok_or_else(|| broken("what it returns is no key"))?);
     }
     Ok(keys)

@@ -7,6 +7,8 @@ mod columns;
 pub(crate) mod fleet;
 mod hosts;
 pub mod install;
+#[cfg(feature = "serve")]
+pub(crate) mod json_rows;
 mod keys;
 pub(crate) mod lent;
 pub(crate) mod line;

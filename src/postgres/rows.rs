@@ -83,10 +83,10 @@ impl<K: Key, V, S> Rows<K, V, S> {
     pub(crate) fn new(access: Access, table: &TrackedTable, from: &str, order: &[String], keeps: Keeps) -> Self {
         Self {
             table: table.name.clone(),
-            sql: Sql::new::<K>(table, from, order, stamp_view(false), keeps.snapshots),
+            sql: Sql::new(table, from, order, stamp_view(false), keeps.snapshots),
             // What a snapshot of a standby prints says less than it seems to: `snapshot.rs`.
-            sql_on_standby: Sql::new::<K>(table, from, order, stamp_view(true), false),
-            key_types: K::types(),
+            sql_on_standby: Sql::new(table, from, order, stamp_view(true), false),
+            key_types: table.key_types.clone(),
             hides_keys: table.secret.is_some(),
             keeps,
             is_keyed: table.is_keyed,
@@ -199,11 +199,13 @@ impl<T> Shape<Vec<T>> for List {
 }
 
 impl Sql {
-    fn new<K: Key>(table: &TrackedTable, from: &str, order: &[String], stamp: &str, snapshots: bool) -> Self {
+    fn new(table: &TrackedTable, from: &str, order: &[String], stamp: &str, snapshots: bool) -> Self {
         let names: Vec<String> = table.key_columns.iter().map(|column| quote(column)).collect();
-        let types = K::types();
-        let columns: Vec<KeyColumn<'_>> =
-            names.iter().zip(&types).map(|(name, of)| KeyColumn { of: *of, table: &table.name, name }).collect();
+        let columns: Vec<KeyColumn<'_>> = names
+            .iter()
+            .zip(&table.key_types)
+            .map(|(name, of)| KeyColumn { of: *of, table: &table.name, name })
+            .collect();
         let keys: String = columns
             .iter()
             .enumerate()
@@ -260,7 +262,7 @@ where
     }
 
     fn keys<'a>(&'a self, query: &'a str, max: usize, limit: Duration) -> Listing<'a, K> {
-        Box::pin(keys::read(&self.access, &self.table, query, max, limit))
+        Box::pin(keys::read(&self.access, &self.table, &self.key_types, query, max, limit))
     }
 
     fn lock<'a>(&'a self, key: &'a K, transaction: &'a mut PgConnection) -> Locking<'a, V> {
@@ -434,6 +436,6 @@ fn is_stale_plan(error: &sqlx::Error) -> bool {
 }
 
 /// An SQL identifier.
-fn quote(name: &str) -> String {
+pub(super) fn quote(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

@@ -42,6 +42,14 @@ pub(crate) struct Postgres {
 }
 
 impl Postgres {
+    /// Of the notification queue, which all databases of the server share, as a share of one.
+    #[cfg(feature = "serve")]
+    pub(crate) async fn notification_queue_usage(&self) -> Result<f64> {
+        let ask = sqlx::query_scalar("select pg_notification_queue_usage()").persistent(!self.config.pooler);
+        let share = ask.fetch_one(&self.pool).await;
+        share.map_err(|error| database_error("asking for the use of the notification queue", error))
+    }
+
     pub(crate) fn new(config: Config) -> Self {
         let mut connect = config.pool_connect.clone();
         if let Some(name) = &config.name {

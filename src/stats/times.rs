@@ -7,7 +7,11 @@ use super::Counter;
 /// How long the statements took that load rows, with their wait for a connection: counted in buckets, each of which reaches twice as far as the one
 /// before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LoadTimes([u64; BUCKETS]);
+pub struct LoadTimes {
+    buckets: [u64; BUCKETS],
+    /// In nanoseconds.
+    total: u64,
+}
 
 /// From 64 µs to more than a minute; the last one has no end.
 const BUCKETS: usize = 22;
@@ -16,13 +20,19 @@ const FIRST: Duration = Duration::from_micros(64);
 impl LoadTimes {
     /// Each bucket: up to which time it reaches, and how many it has. Not those of the buckets before. The last one has no end.
     pub fn buckets(&self) -> impl Iterator<Item = (Duration, u64)> {
-        self.0.iter().enumerate().map(|(n, count)| (reaches(n), *count))
+        self.buckets.iter().enumerate().map(|(n, count)| (reaches(n), *count))
     }
 
     /// How many were counted.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.0.iter().sum()
+        self.buckets.iter().sum()
+    }
+
+    /// All of them together.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        Duration::from_nanos(self.total)
     }
 
     /// A time that this share of them did not exceed, from 0 to 1: the end of a bucket, so at most twice the true one. `None`: there were
@@ -40,11 +50,11 @@ impl LoadTimes {
     }
 
     pub(super) fn since(&self, earlier: &Self) -> Self {
-        let mut buckets = self.0;
-        for (bucket, before) in buckets.iter_mut().zip(earlier.0) {
+        let mut buckets = self.buckets;
+        for (bucket, before) in buckets.iter_mut().zip(earlier.buckets) {
             *bucket = bucket.saturating_sub(before);
         }
-        Self(buckets)
+        Self { buckets, total: self.total.saturating_sub(earlier.total) }
     }
 }
 
@@ -54,20 +64,25 @@ fn reaches(bucket: usize) -> Duration {
 
 /// The live counters behind [`LoadTimes`].
 #[derive(Default)]
-pub(crate) struct TimeCounters([Counter; BUCKETS]);
+pub(crate) struct TimeCounters {
+    buckets: [Counter; BUCKETS],
+    /// In nanoseconds.
+    total: Counter,
+}
 
 impl TimeCounters {
     pub(crate) fn add(&self, took: Duration) {
         let bucket = (0..BUCKETS - 1).find(|bucket| took <= reaches(*bucket)).unwrap_or(BUCKETS - 1);
-        self.0[bucket].add(1);
+        self.buckets[bucket].add(1);
+        self.total.add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
     }
 
-    pub(super) fn snapshot(&self) -> LoadTimes {
+    pub(crate) fn snapshot(&self) -> LoadTimes {
         let mut buckets = [0; BUCKETS];
-        for (bucket, counter) in buckets.iter_mut().zip(&self.0) {
+        for (bucket, counter) in buckets.iter_mut().zip(&self.buckets) {
             *bucket = counter.get();
         }
-        LoadTimes(buckets)
+        LoadTimes { buckets, total: self.total.get() }
     }
 }
 
@@ -91,5 +106,6 @@ mod tests {
         let at = |share| before.quantile(share).map(|time| time.as_micros());
         assert_eq!([0.0, 0.3, 0.5, 0.7, 1.0].map(at), [64, 64, 128, 256, 1024].map(Some));
         assert_eq!((times.count(), times.since(&before).count()), (7, 1));
+        assert_eq!(times.since(&before).total(), Duration::from_hours(1));
     }
 }

@@ -13,6 +13,8 @@ mod board;
 mod checker;
 mod compare;
 mod nodes;
+#[cfg(feature = "serve")]
+mod pages;
 mod plain;
 mod readers;
 mod screen;
@@ -75,6 +77,10 @@ pub(crate) struct Options {
     /// Ends by itself after this long.
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
+    /// Each node has a page to look at: the first one on this port, the others on those that follow, or on others if these are taken.
+    #[cfg(feature = "serve")]
+    #[arg(long, value_name = "N", default_value_t = 8080)]
+    port: u16,
     /// Leaves the schema `rowcache_demo` in the database that was named.
     #[arg(long)]
     keep: bool,
@@ -86,15 +92,21 @@ struct Invitation {
     table: &'static str,
     rows: u64,
     writers: String,
+    /// Where the nodes can be looked at.
+    pages: Vec<String>,
 }
 
 impl Invitation {
     fn lines(&self) -> Vec<String> {
-        vec![
+        let mut lines = vec![
             format!("join in:  {}", self.psql),
             format!("          update {} set name = 'Ada' where id = 42;", self.table),
             format!("rows 1 to {YOURS} are yours; the writers change others, and put back what is gone"),
-        ]
+        ];
+        if !self.pages.is_empty() {
+            lines.push(format!("look:     {}", self.pages.join("  ")));
+        }
+        lines
     }
 }
 
@@ -111,10 +123,16 @@ pub(crate) async fn demo(url: Option<&str>, options: &Options) -> Result<ExitCod
 }
 
 async fn run(world: &World, options: &Options, signals: &mut Signals) -> Result<ExitCode> {
+    #[cfg(feature = "serve")]
+    let sockets = pages::Sockets::bind(options.nodes, options.port)?;
     let mut nodes = Vec::new();
     for index in 0..options.nodes.into() {
+        #[cfg(feature = "serve")]
+        let address = Some(sockets.address(index));
+        #[cfg(not(feature = "serve"))]
+        let address = None;
         nodes.push(tokio::select! {
-            node = DemoNode::start(index, &world.url) => node?,
+            node = DemoNode::start(index, &world.url, address) => node?,
             () = signals.next() => bail!("interrupted while starting"),
         });
     }
@@ -142,7 +160,13 @@ async fn run(world: &World, options: &Options, signals: &mut Signals) -> Result<
         workers.spawn(writers::write(means.clone(), world.rows, every, Arc::clone(&board), stopping.clone()));
     }
 
-    let invitation = invite(world, &means, options)?;
+    #[cfg(feature = "serve")]
+    let addresses = sockets.addresses();
+    #[cfg(feature = "serve")]
+    let pages = pages::Pages::open(&nodes, sockets, world.rows).await?;
+    #[cfg(not(feature = "serve"))]
+    let addresses = Vec::new();
+    let invitation = invite(world, &means, options, addresses)?;
     let showing = async {
         if options.plain || !stdout().is_terminal() || !stdin().is_terminal() {
             plain::show(&board, &nodes, &invitation).await
@@ -172,13 +196,15 @@ async fn run(world: &World, options: &Options, signals: &mut Signals) -> Result<
     };
     let code = sum_up(&board, &nodes, &compared);
     followers.shutdown().await;
+    #[cfg(feature = "serve")]
+    pages.close().await;
     for node in nodes {
         node.node.shutdown().await;
     }
     code
 }
 
-fn invite(world: &World, means: &Means, options: &Options) -> Result<Invitation> {
+fn invite(world: &World, means: &Means, options: &Options, pages: Vec<String>) -> Result<Invitation> {
     let (url, password) = writers::without_password(&world.url)?;
     // What the user has exported can be pasted without showing the password; otherwise psql asks for it.
     let exported = password.is_some() && std::env::var("DATABASE_URL").is_ok_and(|exported| exported == world.url);
@@ -188,7 +214,7 @@ fn invite(world: &World, means: &Means, options: &Options) -> Result<Invitation>
         Some(_) => format!("{WRITERS} psql processes, {rate} a second"),
         None => format!("{WRITERS} plain connections (there is no psql here), {rate} a second"),
     };
-    Ok(Invitation { psql, table: world.table_in_psql, rows: world.rows, writers })
+    Ok(Invitation { psql, table: world.table_in_psql, rows: world.rows, writers, pages })
 }
 
 /// One line, and how the process ends.

@@ -41,11 +41,10 @@ impl DemoNode {
         (self.users.stats(), self.users.status())
     }
 
-    pub(super) async fn start(index: usize, url: &str) -> Result<Arc<Self>> {
-        let name = format!("rowcache demo node {}", index + 1);
+    pub(super) async fn start(index: usize, url: &str, address: Option<String>) -> Result<Arc<Self>> {
         let mut config = Config::from_url(url)?;
-        config.pool_connect = config.pool_connect.application_name(&name);
-        config.listener.application_name(&name);
+        config.name = Some(name(index));
+        config.address = address;
         config.pool = config.pool.max_connections(POOL_MAX);
         config.events_max = EVENTS_MAX;
         let node = Node::start(config).await.with_context(|| format!("cannot start node {}", index + 1))?;
@@ -100,6 +99,11 @@ impl DemoNode {
             }
         }
     }
+}
+
+/// What a node is called, on the list of nodes and in `pg_stat_activity`.
+pub(super) fn name(index: usize) -> String {
+    format!("rowcache demo node {}", index + 1)
 }
 
 /// A message that a node has applied, and when.

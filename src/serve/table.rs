@@ -1,0 +1,185 @@
+//! A table as it is served: rows as JSON, by keys that come as text.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    Freshness, Node, Table, TableOptions, Token,
+    depends::By,
+    error::{Error, Kind, Result},
+    hashed::Hashed,
+    key::{AnyKey, KeyType},
+    open::{Found, MakeSource},
+    postgres::{
+        json_rows::{self, JsonRow, Sent},
+        rows::Rows,
+    },
+    tables::On,
+};
+
+/// Which table is to be served, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct TableSpec {
+    /// As in a query: `users`, or `public.users`.
+    pub(crate) name: String,
+    /// The columns by which rows are asked for; empty: the key.
+    pub(crate) by: Vec<String>,
+    pub(crate) sent: Sent,
+    pub(crate) writable: bool,
+    pub(crate) options: TableOptions,
+}
+
+/// A table that is served. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Served(Arc<Inner>);
+
+struct Inner {
+    path: String,
+    relation: String,
+    key: Vec<(String, KeyType)>,
+    sent: Sent,
+    writable: bool,
+    table: Table<AnyKey, JsonRow>,
+    node: Node,
+}
+
+impl Served {
+    /// Opens it.
+    pub(crate) async fn open(node: &Node, spec: TableSpec) -> Result<Self> {
+        let looked = json_rows::look(&node.postgres.pool, &spec.name, &spec.by, &spec.sent).await?;
+        let path = match &spec.by[..] {
+            [] => looked.relation.clone(),
+            by => format!("{}:{}", looked.relation, by.join(",")),
+        };
+        let found = {
+            let (relation, by, sent, options) =
+                (looked.relation.clone(), spec.by.clone(), spec.sent.clone(), spec.options.clone());
+            move |opener: crate::open::Opener| -> crate::open::Finding<AnyKey, JsonRow> {
+                let (relation, by, sent, options) = (relation.clone(), by.clone(), sent.clone(), options.clone());
+                Box::pin(async move {
+                    let (tracked, on, hashed, name) = if by.is_empty() {
+                        let tracked = opener.tracked::<AnyKey>(&relation).await?;
+                        let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
+                        let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
+                        (tracked, on, hashed, name)
+                    } else {
+                        let (tracked, on, _) = opener.by_columns::<AnyKey>(&relation, by).await?;
+                        let name = format!("{}({})", tracked.name, tracked.key_columns.join(","));
+                        (tracked, on, None, name)
+                    };
+                    let from = json_rows::query(&tracked.name, &tracked.key_columns, &sent);
+                    let source: MakeSource<AnyKey, JsonRow> = Box::new(move |keeps| {
+                        Arc::new(Rows::<AnyKey, JsonRow>::new(opener.access(&options), &tracked, &from, &[], keeps))
+                    });
+                    Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
+                })
+            }
+        };
+        let name = match &spec.by[..] {
+            [] => looked.relation.clone(),
+            by => format!("{}({})", looked.relation, by.join(",")),
+        };
+        let table = node.open(name, spec.options, found).await?;
+        let Some(key) = looked.key() else {
+            let message = format!("the key of {} has a type that no key can have", looked.relation);
+            return Err(Error::new(Kind::Table, message));
+        };
+        let relation = looked.relation;
+        Ok(Self(Arc::new(Inner {
+            path,
+            relation,
+            key,
+            sent: spec.sent,
+            writable: spec.writable,
+            table,
+            node: node.clone(),
+        })))
+    }
+
+    /// What stands for it in a path: `public.users`, or `public.sessions:token`.
+    pub(crate) fn path(&self) -> &str {
+        &self.0.path
+    }
+
+    /// The table's name in messages.
+    pub(crate) fn relation(&self) -> &str {
+        &self.0.relation
+    }
+
+    pub(crate) fn table(&self) -> &Table<AnyKey, JsonRow> {
+        &self.0.table
+    }
+
+    /// The columns of a key, and their types.
+    pub(crate) fn key(&self) -> &[(String, KeyType)] {
+        &self.0.key
+    }
+
+    /// Keys of it are the ones of the table.
+    pub(crate) fn is_keyed(&self) -> bool {
+        self.0.path == self.0.relation
+    }
+
+    pub(crate) fn sent(&self) -> &Sent {
+        &self.0.sent
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.0.writable
+    }
+
+    pub(crate) fn types(&self) -> Vec<KeyType> {
+        self.0.key.iter().map(|(_, of)| *of).collect()
+    }
+
+    /// Reads a key as it stands in a path or a query: percent-encoded, the parts of a key of several columns apart by commas.
+    pub(crate) fn read_key(&self, raw: &str) -> Result<AnyKey, String> {
+        let parts: Vec<&str> = if self.0.key.len() == 1 { vec![raw] } else { raw.split(',').collect() };
+        let decode = |part: &&str| {
+            let text = percent_encoding::percent_decode_str(part).decode_utf8();
+            text.map(std::borrow::Cow::into_owned).map_err(|_| "it is not UTF-8".to_owned())
+        };
+        let parts = parts.iter().map(decode).collect::<Result<Vec<_>, _>>()?;
+        AnyKey::parse(&self.types(), &parts)
+    }
+
+    /// A key as [`read_key`](Self::read_key) reads it, but not percent-encoded unless it must be.
+    pub(crate) fn show_key(&self, key: &AnyKey) -> String {
+        joined(&key.text(&self.types()))
+    }
+
+    /// Sets columns of a row, in a transaction of its own. `None`: there is no such row.
+    pub(crate) async fn update(
+        &self,
+        key: &AnyKey,
+        columns: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<Option<Token>> {
+        let Inner { relation, key: by, table, node, .. } = &*self.0;
+        let mut transaction = node.begin().await?;
+        if !json_rows::update(&mut transaction, relation, by, key, columns).await? {
+            return Ok(None);
+        }
+        transaction.invalidates(table, key);
+        transaction.commit().await.map(Some)
+    }
+
+    /// The row as of after a write.
+    pub(crate) async fn after(&self, key: &AnyKey, token: Token) -> Result<Option<crate::Cached<JsonRow>>> {
+        self.0.table.get_with(key, Freshness::AtLeast(token)).await
+    }
+
+    /// How old what is held may be.
+    pub(crate) fn age(&self) -> Duration {
+        self.0.table.shared().age()
+    }
+}
+
+/// Parts of a key, as a path has them: commas within a part of several are encoded.
+pub(crate) fn joined(parts: &[String]) -> String {
+    match parts {
+        [part] => part.clone(),
+        parts => {
+            let part = |part: &String| part.replace('%', "%25").replace(',', "%2C");
+            parts.iter().map(part).collect::<Vec<_>>().join(",")
+        }
+    }
+}
