@@ -91,6 +91,7 @@
 //! | `journal` | core: what happened to the entries of a table |
 //! | `digest` | core: what an entry remembers of its row |
 //! | `status`, `stats`, `explain`, `error` | what users are told |
+//! | `serve/` | the only place with HTTP: the cache for programs in other languages |
 //! | `testing` | a database in memory, for users' own tests |
 //!
 //! # Features
@@ -98,6 +99,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | (none) | the library |
+//! | `serve` | the command `rowcache serve` of the program, the cache over HTTP; with all of `cli` |
 //! | `cli` | the program `rowcache`: `migrate`, `track`, `untrack`, `tracked`, `doctor`, `watch`, `nodes`, `demo` |
 //! | `chrono` | keys of `date`, `timestamp` and `timestamptz` as types of crate `chrono`; values, too: it turns on sqlx's feature of that name |
 //! | `time` | the same as types of crate `time` |

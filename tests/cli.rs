@@ -13,5 +13,7 @@ mod doctor;
 mod nodes;
 #[path = "cli/program.rs"]
 mod program;
+#[path = "cli/serve/mod.rs"]
+mod serve;
 #[path = "cli/watch.rs"]
 mod watch;

@@ -16,8 +16,13 @@ static KEPT: Mutex<Option<VecDeque<Vec<u8>>>> = Mutex::new(None);
 
 /// Starts logging at `RUST_LOG`, or else at `level`. Once per process.
 pub fn start(level: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter(level)));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Out).init();
+}
+
+/// What is logged at this level. Not that a statement took long: whoever runs a command sees that, and a busy server is no fault of his.
+pub(crate) fn filter(level: &str) -> String {
+    format!("{level},sqlx::query=error")
 }
 
 /// Keeps lines back until what it returns is dropped; then they are written.

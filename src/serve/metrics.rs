@@ -356,12 +356,20 @@ impl Collector for Now {
             match values {
                 Values::Counter(values) => {
                     for (labels, value) in values {
-                        ConstCounter::new(value).encode(metric.encode_family(&labels)?)?;
+                        if labels.is_empty() {
+                            metric.encode_counter::<Vec<(String, String)>, _, u64>(&value, None)?;
+                        } else {
+                            ConstCounter::new(value).encode(metric.encode_family(&labels)?)?;
+                        }
                     }
                 }
                 Values::Gauge(values) => {
                     for (labels, value) in values {
-                        ConstGauge::new(value).encode(metric.encode_family(&labels)?)?;
+                        if labels.is_empty() {
+                            metric.encode_gauge(&value)?;
+                        } else {
+                            ConstGauge::new(value).encode(metric.encode_family(&labels)?)?;
+                        }
                     }
                 }
                 Values::Times(values) => {
@@ -384,7 +392,7 @@ fn ends(times: &LoadTimes) -> impl Iterator<Item = (f64, u64)> {
     times
         .buckets()
         .enumerate()
-        .map(move |(n, (end, count))| (if n == last { f64::MAX } else { end.as_secs_f64() }, count))
+        .map(move |(n, (end, count))| (if n == last { f64::INFINITY } else { end.as_secs_f64() }, count))
 }
 
 /// For `/status`: the ends of all buckets but the last, and what is in each.

@@ -57,6 +57,8 @@ pub(crate) async fn serve(flags: &Flags, database_url: Option<String>) -> Result
         print!("{}", settings.printed);
         return Ok(ExitCode::SUCCESS);
     }
+    // There may be several in one program; of all that use TLS here, this is the one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let telemetry = Telemetry::start(settings.log_format, settings.otlp_endpoint.as_deref(), &settings.name)?;
     let mut signals = Signals::new()?;
     let limits = Limits {

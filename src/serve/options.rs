@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use jiff::SignedDuration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -233,7 +233,10 @@ impl Settings {
             None => File::default(),
             Some(path) => {
                 let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-                toml::from_str(&text).with_context(|| format!("{} is not as it should be", path.display()))?
+                toml::from_str(&text).map_err(|error: toml::de::Error| {
+                    let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
+                    anyhow!("{}, line {line}: {}", path.display(), error.message())
+                })?
             }
         };
         let Some(url) = database_url.or_else(|| file.database_url.clone()) else {

@@ -10,12 +10,13 @@
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use axum::{
-    body::{Body, to_bytes},
+    body::Body,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
 };
 use bytes::{BufMut as _, Bytes, BytesMut};
+use futures_util::StreamExt as _;
 use serde_json::{Map, Value};
 
 use super::{
@@ -175,8 +176,7 @@ pub(crate) async fn change(State(app): State<Arc<App>>, uri: Uri, request: Reque
         return Err(Problem::new(StatusCode::FORBIDDEN, "read_only", detail));
     }
     let headers = request.headers().clone();
-    let too_large = |_| Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body may have a megabyte");
-    let body = to_bytes(request.into_body(), BODY_MAX).await.map_err(too_large)?;
+    let body = read_body(request.into_body()).await?;
     let columns: Map<String, Value> = serde_json::from_slice(&body).map_err(|error| {
         Problem::bad_request("bad_body", format!("the body must be a JSON object of columns: {error}"))
     })?;
@@ -209,8 +209,27 @@ pub(crate) async fn change(State(app): State<Arc<App>>, uri: Uri, request: Reque
     Ok(response)
 }
 
-/// Bytes of a body.
+/// Bytes of a body, and of one that is read to its end all the same: whoever is still sending hears no answer.
 const BODY_MAX: usize = 1 << 20;
+const BODY_DRAINED: usize = 16 << 20;
+
+async fn read_body(body: Body) -> Result<BytesMut, Problem> {
+    let mut chunks = body.into_data_stream();
+    let (mut read, mut seen) = (BytesMut::new(), 0);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|_| Problem::bad_request("bad_body", "the body did not arrive in whole"))?;
+        seen += chunk.len();
+        if seen <= BODY_MAX {
+            read.put_slice(&chunk);
+        } else if seen > BODY_DRAINED {
+            break;
+        }
+    }
+    if seen > BODY_MAX {
+        return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body may have a megabyte"));
+    }
+    Ok(read)
+}
 
 /// The shape of [`rows`].
 #[derive(utoipa::ToSchema)]

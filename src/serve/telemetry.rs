@@ -23,6 +23,7 @@ use super::{
     metrics::{Values, families},
     options::LogFormat,
 };
+use crate::cli::logs;
 
 /// What is to be sent before the process ends.
 #[derive(Default)]
@@ -31,14 +32,16 @@ pub(crate) struct Telemetry {
     metrics: Option<SdkMeterProvider>,
 }
 
+/// What is logged, if `RUST_LOG` does not say.
+const LOGGED: &str = "warn,rowcache::serve=info";
+
 /// What is traced, whatever is logged.
 const TRACED: &str = "rowcache=info";
 
 impl Telemetry {
     /// Starts the log, and traces if there is somewhere to send them to.
     pub(crate) fn start(format: LogFormat, endpoint: Option<&str>, name: &str) -> Result<Self> {
-        let filter =
-            || EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,rowcache::serve=info"));
+        let filter = || EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(logs::filter(LOGGED)));
         let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
         let log = match format {
             LogFormat::Text => log.with_filter(filter()).boxed(),
