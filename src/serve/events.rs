@@ -230,8 +230,8 @@ impl Reader {
     async fn next(&mut self) -> Option<Bytes> {
         if !self.is_greeted {
             self.is_greeted = true;
-            // Something at once, so that the reader knows that he is connected; and how soon to come back.
-            return Some(Bytes::from_static(b"retry: 1000\n\n"));
+            // Something at once, so that the reader knows that he is connected; and from where to go on, and how soon to come back.
+            return Some(format!("id: {}-{}\nretry: 1000\n\n", self.hub.run, self.place.next).into());
         }
         loop {
             self.news.borrow_and_update();

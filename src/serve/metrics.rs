@@ -54,6 +54,9 @@ pub(crate) const ROUTES: [&str; 15] = [
     "(none)",
 ];
 
+/// Those that rows are asked for by.
+const ROWS: [&str; 2] = ["/v1/{table}/{key}", "/v1/{table}"];
+
 /// The statuses that are told apart.
 const STATUSES: [u16; 18] = [200, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 431, 500, 501, 503, 504, 0];
 
@@ -70,10 +73,10 @@ impl HttpMetrics {
         ROUTES.iter().zip(&self.routes).map(|(name, route)| (*name, route.durations.snapshot(), route))
     }
 
-    /// All routes together but the one that never ends: how many, and how long they took.
+    /// Those for rows together: how many, and how long they took.
     pub(crate) fn together(&self) -> (u64, Vec<(Duration, u64)>) {
         let mut buckets: Vec<(Duration, u64)> = LoadTimes::default().buckets().collect();
-        for (_, times, _) in self.each().filter(|(name, ..)| *name != "/v1/events") {
+        for (_, times, _) in self.each().filter(|(name, ..)| ROWS.contains(name)) {
             for (sum, (_, count)) in buckets.iter_mut().zip(times.buckets()) {
                 sum.1 += count;
             }

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+
 use crate::{
     Freshness, Node, Table, TableOptions, Token,
     depends::By,
@@ -142,7 +144,7 @@ impl Served {
         AnyKey::parse(&self.types(), &parts)
     }
 
-    /// A key as [`read_key`](Self::read_key) reads it, but not percent-encoded unless it must be.
+    /// A key as [`read_key`](Self::read_key) reads it.
     pub(crate) fn show_key(&self, key: &AnyKey) -> String {
         joined(&key.text(&self.types()))
     }
@@ -173,13 +175,27 @@ impl Served {
     }
 }
 
-/// Parts of a key, as a path has them: commas within a part of several are encoded.
+/// What cannot stand in a segment of a path, or would end it.
+const ENCODED: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'/')
+    .add(b'<')
+    .add(b'>')
+    .add(b'?')
+    .add(b'\\')
+    .add(b'`')
+    .add(b'{')
+    .add(b'}');
+
+/// As [`ENCODED`], of a part of several.
+const ENCODED_PART: &AsciiSet = &ENCODED.add(b',');
+
+/// Parts of a key, as a path has them.
 pub(crate) fn joined(parts: &[String]) -> String {
-    match parts {
-        [part] => part.clone(),
-        parts => {
-            let part = |part: &String| part.replace('%', "%25").replace(',', "%2C");
-            parts.iter().map(part).collect::<Vec<_>>().join(",")
-        }
-    }
+    let set = if parts.len() > 1 { ENCODED_PART } else { ENCODED };
+    let parts: Vec<String> = parts.iter().map(|part| utf8_percent_encode(part, set).to_string()).collect();
+    parts.join(",")
 }
