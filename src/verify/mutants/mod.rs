@@ -4,6 +4,7 @@
 //! then, with each mutant in turn, red. What does not compile proves nothing, and counts like a mutant that nothing noticed.
 
 mod features;
+mod service;
 mod table;
 mod tier;
 
@@ -51,7 +52,7 @@ struct Outcome {
 }
 
 fn all() -> impl Iterator<Item = &'static Mutant> {
-    table::MUTANTS.iter().chain(features::MUTANTS).chain(tier::MUTANTS)
+    table::MUTANTS.iter().chain(features::MUTANTS).chain(service::MUTANTS).chain(tier::MUTANTS)
 }
 
 pub(super) fn run(options: &Options) -> Result<ExitCode> {

@@ -1,0 +1,97 @@
+//! The mutants of the cache service: who may do what, what leaves the database, how fresh an answer is.
+
+use super::table::{
+    Catcher::{Test, Unit},
+    Mutant,
+};
+
+pub(super) const MUTANTS: &[Mutant] = &[
+    Mutant {
+        name: "service-right",
+        protection: "what changes something needs the admin token",
+        file: "src/serve/guard.rs",
+        text: "        _ => Right::Admin,",
+        instead: "        _ => Right::Read,",
+        catchers: &[Unit("each_token_opens"), Test("cli", "tokens_open_what")],
+    },
+    Mutant {
+        name: "service-origin",
+        protection: "pages of other sites get nothing that needs no token",
+        file: "src/serve/guard.rs",
+        text: "            if host != Some(origin) {",
+        instead: "            if host.is_none() && origin.is_empty() {",
+        catchers: &[Unit("what_is_free_is_not"), Test("cli", "pages_of_other_sites")],
+    },
+    Mutant {
+        name: "service-rebinding",
+        protection: "names of other sites that lead here get nothing that needs no token",
+        file: "src/serve/guard.rs",
+        text: "Some(host) if !self.is_insecure && !is_here(host) => {",
+        instead: "Some(host) if !self.is_insecure && host.is_empty() => {",
+        catchers: &[Unit("what_is_free_is_not"), Test("cli", "pages_of_other_sites")],
+    },
+    Mutant {
+        name: "service-exclude",
+        protection: "a column that is excluded never leaves the database",
+        file: "src/postgres/json_rows.rs",
+        text: "(pg_catalog.to_jsonb(x) - array[{}]::text[])",
+        instead: "(pg_catalog.to_jsonb(x) - array[{}]::text[] || pg_catalog.to_jsonb(x))",
+        catchers: &[Test("cli", "a_row_comes_from_postgres_once")],
+    },
+    Mutant {
+        name: "service-fenced",
+        protection: "`no-cache` sees what was committed before",
+        file: "src/serve/directives.rs",
+        text: "=> Freshness::Fenced,",
+        instead: "=> Freshness::Coherent,",
+        catchers: &[Unit("standard_directives"), Test("cli", "who_asks_says_how_fresh")],
+    },
+    Mutant {
+        name: "service-token",
+        protection: "a token sees its transaction, on any node",
+        file: "src/serve/rows.rs",
+        text: "Some(token) => cache.trace(key, Freshness::AtLeast(token)).await,",
+        instead: "Some(_) => cache.trace(key, Freshness::Coherent).await,",
+        catchers: &[Test("cli", "who_asks_says_how_fresh")],
+    },
+    Mutant {
+        name: "service-stale",
+        protection: "`stale-if-error` serves nothing older than it says",
+        file: "src/freshness.rs",
+        text: "        if self.shared().age() > limit {\n            return None;",
+        instead: "        if self.shared().age() > limit + Duration::from_hours(1) {\n            return None;",
+        catchers: &[Test("cli", "without_postgres_it_answers")],
+    },
+    Mutant {
+        name: "service-resume",
+        protection: "a reader who was away is told what he missed, or that he missed something",
+        file: "src/serve/events.rs",
+        text: "            Some(number) => Place { next: number, missed: None },",
+        instead: "            Some(_) => Place { next: now, missed: None },",
+        catchers: &[Unit("who_names_the_last_one"), Test("cli", "changes_arrive_and")],
+    },
+    Mutant {
+        name: "service-uuid",
+        protection: "the key of a row is the key of its message (I1, A4)",
+        file: "src/key/any.rs",
+        text: "            KeyPart::Uuid(uuid) => KeyPart::Text(uuid.to_string().into()),",
+        instead: "            KeyPart::Uuid(uuid) => KeyPart::Uuid(*uuid),",
+        catchers: &[Unit("a_uuid_of_a_row")],
+    },
+    Mutant {
+        name: "service-number",
+        protection: "one key has one text (I1, A4)",
+        file: "src/key/any.rs",
+        text: "    let fraction = fraction.trim_end_matches('0');\n",
+        instead: "",
+        catchers: &[Unit("what_people_write")],
+    },
+    Mutant {
+        name: "service-drain",
+        protection: "what is under way when the service is to end is answered",
+        file: "src/serve/mod.rs",
+        text: "            handle.graceful_shutdown(Some(grace));",
+        instead: "            handle.graceful_shutdown(Some(grace - grace));",
+        catchers: &[Test("cli", "what_is_under_way")],
+    },
+];
