@@ -118,12 +118,12 @@ fn needed(method: &Method, path: &str) -> Right {
 mod tests {
     use super::*;
 
-    fn check(guard: &Guard, method: Method, path: &'static str, token: Option<&str>) -> u16 {
+    fn check(guard: &Guard, method: &Method, path: &'static str, token: Option<&str>) -> u16 {
         let mut headers = HeaderMap::new();
         if let Some(token) = token {
             headers.insert(header::AUTHORIZATION, format!("Bearer {token}").parse().expect("a header"));
         }
-        guard.check(&method, &Uri::from_static(path), &headers).map_or_else(|problem| problem.status(), |()| 200)
+        guard.check(method, &Uri::from_static(path), &headers).map_or_else(|problem| problem.status(), |()| 200)
     }
 
     #[test]
@@ -144,17 +144,17 @@ mod tests {
             (Method::POST, "/healthz/", None, 401),
             (Method::GET, "/metrics", None, 401),
         ] {
-            assert_eq!(check(&guard, method.clone(), path, token), status, "{method} {path} {token:?}");
+            assert_eq!(check(&guard, &method, path, token), status, "{method} {path} {token:?}");
         }
     }
 
     #[test]
     fn what_has_no_token_is_free() {
         let guard = Guard::new(&Tokens { read: None, admin: Some("admin-22".into()) }, false);
-        assert_eq!(check(&guard, Method::GET, "/v1/t/1", None), 200);
-        assert_eq!(check(&guard, Method::POST, "/v1/t/clear", None), 401);
+        assert_eq!(check(&guard, &Method::GET, "/v1/t/1", None), 200);
+        assert_eq!(check(&guard, &Method::POST, "/v1/t/clear", None), 401);
         let open = Guard::new(&Tokens::default(), false);
-        assert_eq!(check(&open, Method::POST, "/v1/t/clear", None), 200);
+        assert_eq!(check(&open, &Method::POST, "/v1/t/clear", None), 200);
     }
 
     #[test]

@@ -6,7 +6,10 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -36,7 +39,7 @@ use tower_http::{
         CompressionLayer,
         predicate::{NotForContentType, Predicate as _, SizeAbove},
     },
-    request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer},
+    request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
 };
 use tracing::Instrument as _;
 use utoipa::OpenApi as _;
@@ -116,7 +119,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .layer(CompressionLayer::new().compress_when(worth))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
-        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+        .layer(SetRequestIdLayer::new(REQUEST_ID, Numbers::of(app)))
         .with_state(Arc::clone(app))
 }
 
@@ -127,6 +130,7 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     let in_flight = InFlight(&app);
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("(none)", MatchedPath::as_str);
+    let id = request.headers().get(&REQUEST_ID).cloned();
     let allowed = app.guard.check(request.method(), request.uri(), request.headers());
     let span = tracing::info_span!(
         "request",
@@ -135,7 +139,7 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
         http.request.method = %request.method(),
         http.route = route,
         http.response.status_code = tracing::field::Empty,
-        request_id = request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok()),
+        request_id = id.as_ref().and_then(|id| id.to_str().ok()),
     );
     if !span.is_disabled() {
         telemetry::follow(&span, request.headers());
@@ -150,9 +154,34 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
         })
     };
     drop(in_flight);
-    span.record("http.response.status_code", response.status().as_u16());
-    app.http.count(route, response.status().as_u16(), began.elapsed());
+    let status = response.status().as_u16();
+    span.record("http.response.status_code", status);
+    app.http.count(route, status, began.elapsed());
+    // Not what is no news: that the node starts, stops, or is not coherent.
+    if status >= 500 && app.try_running().is_some() && route != "/readyz" {
+        tracing::debug!(route, status, request_id = id.as_ref().and_then(|id| id.to_str().ok()), "a request failed");
+    }
     response
+}
+
+/// Names requests that have no name yet: the run of the service, and a number.
+#[derive(Clone)]
+struct Numbers {
+    run: Arc<str>,
+    next: Arc<AtomicU64>,
+}
+
+impl Numbers {
+    fn of(app: &App) -> Self {
+        Self { run: app.id.simple().to_string()[..8].into(), next: Arc::default() }
+    }
+}
+
+impl MakeRequestId for Numbers {
+    fn make_request_id<B>(&mut self, _request: &axum::http::Request<B>) -> Option<RequestId> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        Some(RequestId::new(format!("{}-{number}", self.run).parse().ok()?))
+    }
 }
 
 /// A request that is being answered, also if whoever asked goes away.

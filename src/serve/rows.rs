@@ -50,7 +50,7 @@ struct Answer {
         ("table" = String, Path, description = "As it was named to the service: `public.users`, or `public.sessions:token`", example = "public.users"),
         ("key" = String, Path, description = "Percent-encoded; the parts of a key of several columns apart by commas", example = "42"),
         ("Cache-Control" = Option<String>, Header, description = "`no-cache`, `max-age=N`, `max-stale[=N]`, `only-if-cached`, `no-store`, `stale-if-error=N`"),
-        ("Rowcache-Token" = Option<String>, Header, description = "The answer includes the transaction that it names"),
+        ("Rowcache-Token" = Option<String>, Header, pattern = r"^1\.[0-9a-f]{1,16}\.[0-9]{1,19}$", description = "The answer includes the transaction that it names"),
         ("If-None-Match" = Option<String>, Header, description = "304 if the row still has one of these entity tags"),
     ),
     responses(
@@ -98,7 +98,7 @@ pub(crate) async fn row(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMa
         ("keys" = Option<String>, Query, description = "Keys of one column, apart by commas", example = "1,2,3"),
         ("key" = Option<Vec<String>>, Query, description = "A key each; for keys of several columns, whose parts are apart by commas"),
         ("Cache-Control" = Option<String>, Header, description = "As of one row, but for `only-if-cached`, `no-store` and `stale-if-error`"),
-        ("Rowcache-Token" = Option<String>, Header, description = "The answer includes the transaction that it names"),
+        ("Rowcache-Token" = Option<String>, Header, pattern = r"^1\.[0-9a-f]{1,16}\.[0-9]{1,19}$", description = "The answer includes the transaction that it names"),
     ),
     responses(
         (status = 200, description = "The rows, in the order of the keys", content_type = "application/json", body = RowList),

@@ -33,9 +33,9 @@ pub(crate) struct Telemetry {
 }
 
 /// What is logged, if `RUST_LOG` does not say.
-const LOGGED: &str = "warn,rowcache::serve=info";
+const LOGGED: &str = "warn";
 
-/// What is traced, whatever is logged.
+/// What is traced, whatever is logged. Requests are, and cost nothing where nobody collects them.
 const TRACED: &str = "rowcache=info";
 
 impl Telemetry {

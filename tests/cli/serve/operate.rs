@@ -1,9 +1,28 @@
 //! What operators ask.
 
+use std::sync::{Arc, Mutex};
+
+use axum::{Router, body::Bytes, http::Uri};
 use serde_json::{Value, json};
 
 use super::{Service, prepared};
 use crate::program::psql;
+
+/// What was sent to a collector: the path, and the bytes.
+type Collected = Arc<Mutex<Vec<(String, Bytes)>>>;
+
+/// Takes whatever it is sent.
+async fn collector() -> (String, Collected) {
+    let collected = Collected::default();
+    let keep = Arc::clone(&collected);
+    let take = async move |uri: Uri, body: Bytes| {
+        keep.lock().expect("no panic").push((uri.path().to_owned(), body));
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(take)).await });
+    (url, collected)
+}
 
 pg_test! {
     async fn it_says_what_it_holds_and_why(test: Test) {
@@ -71,6 +90,26 @@ pg_test! {
         assert_eq!((&list["answered"], &list["silent"]), (&2.into(), &0.into()), "{list}");
         assert_eq!((&list["nodes"][0]["name"], &list["nodes"][1]["is_this"]), (&"one".into(), &true.into()), "{list}");
         assert_eq!(list["nodes"][0]["report"]["address"], one.url.as_str());
+    }
+
+    async fn traces_and_metrics_are_sent(test: Test) {
+        let db = prepared(test.version).await;
+        let (url, collected) = collector().await;
+        let service = Service::start(&db, &["--table", "users", "--otlp-endpoint", &url, "--name", "web-7"]).await;
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        service.get_with("/v1/public.users/1", "traceparent", parent).await.row();
+        let ended = service.running.interrupt().await;
+        assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{ended:#?}");
+        let collected = collected.lock().expect("no panic").clone();
+        let sent = |path: &str, part: &[u8]| {
+            collected.iter().any(|(to, body)| to == path && body.windows(part.len()).any(|it| it == part))
+        };
+        for part in [&b"GET /v1/{table}/{key}"[..], b"web-7", &0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736_u128.to_be_bytes()] {
+            assert!(sent("/v1/traces", part), "{:?} in {collected:?}", String::from_utf8_lossy(part));
+        }
+        for part in [&b"rowcache.gets"[..], b"public.users", b"rowcache.load_duration.total"] {
+            assert!(sent("/v1/metrics", part), "{:?} in {collected:?}", String::from_utf8_lossy(part));
+        }
     }
 
     async fn metrics_are_those_that_the_manual_lists(test: Test) {
