@@ -33,6 +33,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
+use tower::ServiceBuilder;
 use tower_http::{
     catch_panic::CatchPanicLayer,
     compression::{
@@ -115,11 +116,15 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .method_not_allowed_fallback(|| async {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "no_such_method", "this path has other methods; see `Allow`")
         })
-        .layer(from_fn_with_state(Arc::clone(app), around))
-        .layer(CompressionLayer::new().compress_when(worth))
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
-        .layer(SetRequestIdLayer::new(REQUEST_ID, Numbers::of(app)))
+        .layer(
+            // One layer to the router, which boxes each.
+            ServiceBuilder::new()
+                .layer(SetRequestIdLayer::new(REQUEST_ID, Numbers::of(app)))
+                .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+                .layer(CatchPanicLayer::custom(panicked))
+                .layer(CompressionLayer::new().compress_when(worth))
+                .layer(from_fn_with_state(Arc::clone(app), around)),
+        )
         .with_state(Arc::clone(app))
 }
 

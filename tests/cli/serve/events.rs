@@ -75,7 +75,7 @@ pg_test! {
         // Of another run.
         let mut stranger = Reader::open(&service, Some("deadbeef-7")).await;
         assert_eq!(stranger.event("lagged").await.1["missed"], Value::Null);
-        psql(&db, &["select count(pg_terminate_backend(pid)) > 0 from pg_stat_activity where application_name like '%(listener)'"]).await;
+        psql(&db, &["select count(pg_terminate_backend(pid)) > 0 from pg_stat_activity where datname = current_database() and application_name like '%(listener)'"]).await;
         let (_, gap) = again.event("gap").await;
         assert!(gap["reason"].as_str().is_some_and(|why| why.contains("LISTEN")), "{gap}");
         again.event("coherent").await;

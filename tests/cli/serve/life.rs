@@ -57,7 +57,7 @@ pg_test! {
         let answer = tokio::spawn(async move { Answer::of(request.send().await.expect("it answers")).await });
         let pool = db.pool().await;
         eventually("the request waits for the lock", async || {
-            let waits = "select exists (select from pg_stat_activity where wait_event_type = 'Lock' and application_name not like '%(%')";
+            let waits = "select exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock' and application_name not like '%(%')";
             sqlx::query_scalar(waits).fetch_one(&pool).await.expect("it can be asked")
         })
         .await;

@@ -140,7 +140,7 @@ pg_test! {
         // A key is looked up, and its row is edited; the other node drops it.
         wide.type_into("search-key", "42\u{e007}").await;
         wide.until("it is explained", "return document.querySelector('[data-testid=explanation]').textContent.includes('public.users 42')").await;
-        psql(&db, &["select count(pg_terminate_backend(pid)) > 0 from pg_stat_activity where application_name = 'two (listener)'"]).await;
+        psql(&db, &["select count(pg_terminate_backend(pid)) > 0 from pg_stat_activity where datname = current_database() and application_name = 'two (listener)'"]).await;
         narrow.until("the gap shows", "return !!document.querySelector('[data-testid=event][data-kind=gap]')").await;
         narrow.until("and its end", "return !!document.querySelector('[data-testid=event][data-kind=coherent]')").await;
         for page in [wide, narrow] {
