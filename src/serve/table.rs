@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Kind, Result},
     hashed::Hashed,
     key::{AnyKey, KeyType},
-    open::{Found, MakeSource},
+    open::{Finding, Found, MakeSource, Opener},
     postgres::{
         json_rows::{self, JsonRow, Sent},
         rows::Rows,
@@ -48,44 +48,18 @@ impl Served {
     /// Opens it.
     pub(crate) async fn open(node: &Node, spec: TableSpec) -> Result<Self> {
         let looked = json_rows::look(&node.postgres.pool, &spec.name, &spec.by, &spec.sent).await?;
-        let path = match &spec.by[..] {
-            [] => looked.relation.clone(),
-            by => format!("{}:{}", looked.relation, by.join(",")),
+        let relation = looked.relation.clone();
+        let columns = spec.by.join(",");
+        let (path, name) = match &spec.by[..] {
+            [] => (relation.clone(), relation.clone()),
+            _ => (format!("{relation}:{columns}"), format!("{relation}({columns})")),
         };
-        let found = {
-            let (relation, by, sent, options) =
-                (looked.relation.clone(), spec.by.clone(), spec.sent.clone(), spec.options.clone());
-            move |opener: crate::open::Opener| -> crate::open::Finding<AnyKey, JsonRow> {
-                let (relation, by, sent, options) = (relation.clone(), by.clone(), sent.clone(), options.clone());
-                Box::pin(async move {
-                    let (tracked, on, hashed, name) = if by.is_empty() {
-                        let tracked = opener.tracked::<AnyKey>(&relation).await?;
-                        let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
-                        let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
-                        (tracked, on, hashed, name)
-                    } else {
-                        let (tracked, on, _) = opener.by_columns::<AnyKey>(&relation, by).await?;
-                        let name = format!("{}({})", tracked.name, tracked.key_columns.join(","));
-                        (tracked, on, None, name)
-                    };
-                    let from = json_rows::query(&tracked.name, &tracked.key_columns, &sent);
-                    let source: MakeSource<AnyKey, JsonRow> = Box::new(move |keeps| {
-                        Arc::new(Rows::<AnyKey, JsonRow>::new(opener.access(&options), &tracked, &from, &[], keeps))
-                    });
-                    Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
-                })
-            }
-        };
-        let name = match &spec.by[..] {
-            [] => looked.relation.clone(),
-            by => format!("{}({})", looked.relation, by.join(",")),
-        };
-        let table = node.open(name, spec.options, found).await?;
+        let wanted = TableSpec { name: relation.clone(), ..spec.clone() };
+        let find = move |opener| -> Finding<AnyKey, JsonRow> { Box::pin(find(opener, wanted.clone())) };
+        let table = node.open(name, spec.options, find).await?;
         let Some(key) = looked.key() else {
-            let message = format!("the key of {} has a type that no key can have", looked.relation);
-            return Err(Error::new(Kind::Table, message));
+            return Err(Error::new(Kind::Table, format!("the key of {relation} has a type that no key can have")));
         };
-        let relation = looked.relation;
         Ok(Self(Arc::new(Inner {
             path,
             relation,
@@ -173,6 +147,26 @@ impl Served {
     pub(crate) fn age(&self) -> Duration {
         self.0.table.shared().age()
     }
+}
+
+/// What is cached of a table, as [`Node::table`] or [`Node::table_by`] would, but for what is read of it.
+async fn find(opener: Opener, spec: TableSpec) -> Result<Found<AnyKey, JsonRow>> {
+    let TableSpec { name, by, sent, options, .. } = spec;
+    let (tracked, on, hashed, name) = if by.is_empty() {
+        let tracked = opener.tracked::<AnyKey>(&name).await?;
+        let on = On { table: tracked.name.clone(), trust: tracked.trust.clone(), by: By::Key };
+        let (name, hashed) = (tracked.name.clone(), tracked.secret.clone().map(Hashed::new));
+        (tracked, on, hashed, name)
+    } else {
+        let (tracked, on, _) = opener.by_columns::<AnyKey>(&name, by).await?;
+        let name = format!("{}({})", tracked.name, tracked.key_columns.join(","));
+        (tracked, on, None, name)
+    };
+    let from = json_rows::query(&tracked.name, &tracked.key_columns, &sent);
+    let source: MakeSource<AnyKey, JsonRow> = Box::new(move |keeps| {
+        Arc::new(Rows::<AnyKey, JsonRow>::new(opener.access(&options), &tracked, &from, &[], keeps))
+    });
+    Ok(Found { name, on: vec![on], hashed, is_tagged: false, source })
 }
 
 /// What cannot stand in a segment of a path, or would end it.

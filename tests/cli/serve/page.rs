@@ -10,10 +10,12 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Service, client, config, prepared};
+use rowcache::cli::temp_server::Stop;
+
+use super::{Service, client, config, prepare, prepared};
 use crate::{
     program::psql,
-    support::{PATIENCE, eventually},
+    support::{PATIENCE, database_on, eventually, server},
 };
 
 /// The program that drives Chromium, if there is one here. Where it must be there, tests fail without.
@@ -84,13 +86,22 @@ impl Browser {
         eventually(what, async || self.run(script).await == true).await;
     }
 
-    /// Types into an element that can be told by this.
-    async fn type_into(&self, id: &str, text: &str) {
+    /// The path of an element that can be told by this.
+    async fn element(&self, id: &str) -> String {
         let of = json!({ "using": "css selector", "value": format!("[data-testid={id}]") });
         let element = self.ask(Method::POST, "/element", &of).await;
-        let element =
-            element.as_object().and_then(|it| it.values().next()).and_then(Value::as_str).expect("an element");
-        self.ask(Method::POST, &format!("/element/{element}/value"), &json!({ "text": text })).await;
+        let element = element.as_object().and_then(|it| it.values().next()).and_then(Value::as_str);
+        format!("/element/{}", element.expect("an element"))
+    }
+
+    async fn type_into(&self, id: &str, text: &str) {
+        let path = self.element(id).await + "/value";
+        self.ask(Method::POST, &path, &json!({ "text": text })).await;
+    }
+
+    async fn click(&self, id: &str) {
+        let path = self.element(id).await + "/click";
+        self.ask(Method::POST, &path, &json!({})).await;
     }
 
     /// What its console has been told that is worse than information.
@@ -106,12 +117,16 @@ impl Browser {
     }
 }
 
-/// Whether the stream of events shows this change.
-fn shows(key: &str) -> String {
+/// The changes of this key that the stream of events shows.
+fn changes(key: &str) -> String {
     format!(
-        "return [...document.querySelectorAll('[data-testid=event]')].some(e => e.dataset.kind === 'change' \
+        "[...document.querySelectorAll('[data-testid=event]')].filter(e => e.dataset.kind === 'change' \
          && e.dataset.table === 'public.users' && e.dataset.keys === '{key}')"
     )
+}
+
+fn shows(key: &str) -> String {
+    format!("return {}.length > 0", changes(key))
 }
 
 const COHERENT: &str = "return document.querySelectorAll('[data-testid=node-card][data-coherent=true]').length === 2";
@@ -140,12 +155,41 @@ pg_test! {
         // A key is looked up, and its row is edited; the other node drops it.
         wide.type_into("search-key", "42\u{e007}").await;
         wide.until("it is explained", "return document.querySelector('[data-testid=explanation]').textContent.includes('public.users 42')").await;
-        psql(&db, &["select count(pg_terminate_backend(pid)) > 0 from pg_stat_activity where datname = current_database() and application_name = 'two (listener)'"]).await;
-        narrow.until("the gap shows", "return !!document.querySelector('[data-testid=event][data-kind=gap]')").await;
-        narrow.until("and its end", "return !!document.querySelector('[data-testid=event][data-kind=coherent]')").await;
+        wide.click("read").await;
+        wide.until("the row is there to be edited", "return !!document.querySelector('[data-testid=editor-column-name]')").await;
+        wide.type_into("editor-column-name", " and by hand").await;
+        wide.click("editor-save").await;
+        narrow.until("the change arrives at the other node", &format!("return {}.length === 2", changes("42"))).await;
+        assert_eq!(psql(&db, &["select name from users where id = 42"]).await.trim(), "by psql and by hand");
         for page in [wide, narrow] {
             assert_eq!(page.complaints().await, [""; 0], "the console is empty");
             page.close().await;
         }
+    }
+
+    async fn it_tells_the_truth_while_things_break(test: Test) {
+        let Some(driver) = driver() else { return };
+        let mut server = server(test.version, &[]).await;
+        let db = database_on(&server, test.version).await;
+        prepare(&db).await;
+        let service = Service::start(&db, &["--table", "users"]).await;
+        let page = Browser::open(driver, 800).await;
+        page.visit(&service.url).await;
+        let coherent = |is: bool| {
+            format!("return document.querySelectorAll('[data-testid=node-card][data-coherent=true]').length === {}", u8::from(is))
+        };
+        let event = |kind: &str| format!("return !!document.querySelector('[data-testid=event][data-kind={kind}]')");
+        page.until("it is coherent", &coherent(true)).await;
+        psql(&db, &["select count(pg_terminate_backend(pid)) > 0 from pg_stat_activity where datname = current_database() and application_name like '%(listener)'"]).await;
+        page.until("the gap shows", &event("gap")).await;
+        page.until("and its end", &event("coherent")).await;
+        server.stop(Stop::Immediate).await.expect("stops");
+        page.until("nothing is said to be coherent", &coherent(false)).await;
+        server.start().await.expect("starts");
+        page.until("it is coherent again", &coherent(true)).await;
+        // The service itself ends: the page says that it has lost it.
+        service.running.interrupt().await;
+        page.until("it is lost", "return document.querySelector('[data-testid=page-state]').dataset.state !== 'live'").await;
+        page.close().await;
     }
 }

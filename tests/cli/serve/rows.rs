@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Service, config, prepare, prepared};
 use crate::{
-    program::psql,
+    program::{psql, run},
     support::{database_on, server},
 };
 
@@ -98,6 +98,58 @@ pg_test! {
         service.get("/v1/public.orders/1").await.is_problem(404, "no_such_table");
         service.get("/v2/public.users/1").await.is_problem(404, "no_such_path");
         service.send(service.request(Method::PUT, "/v1/public.users/1")).await.is_problem(405, "no_such_method");
+    }
+
+    async fn each_type_of_key_is_found_and_evicted(test: Test) {
+        let db = prepared(test.version).await;
+        psql(&db, &["create type mood as enum ('sad', 'glad')"]).await;
+        let kinds = [
+            ("smallint", "-7", "-7"),
+            ("uuid", "'6e1f8b5a-2c3d-4e5f-8a9b-0c1d2e3f4a5b'", "6E1F8B5A2C3D4E5F8A9B0C1D2E3F4A5B"),
+            ("boolean", "true", "true"),
+            ("bytea", "'\\xDEAD'", "%5CxdeAD"),
+            ("mood", "'sad'", "sad"),
+            ("date", "'infinity'", "infinity"),
+            ("timestamp", "'2026-01-31 12:30:00.5'", "2026-01-31T12:30:00.500"),
+            ("timestamptz", "'2026-01-31 12:30:00+01'", "2026-01-31T11:30:00Z"),
+            ("numeric", "1.50", "01.5"),
+            ("varchar(9)", "'a/b?c'", "a%2Fb%3Fc"),
+        ];
+        let mut args = Vec::new();
+        for (n, (of, value, _)) in kinds.iter().enumerate() {
+            let table = format!("kind_{n}");
+            let make = [format!("create table {table} (k {of} primary key, v int)"), format!("insert into {table} values ({value}, 1)")];
+            psql(&db, &make.each_ref().map(String::as_str)).await;
+            run(&db.url, &["track", &table]).await.ok();
+            args.extend(["--table".to_owned(), format!("public.{table}")]);
+        }
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let service = Service::start(&db, &args).await;
+        for (n, (of, _, key)) in kinds.iter().enumerate() {
+            let path = format!("/v1/public.kind_{n}/{key}");
+            assert_eq!(service.get(&path).await.row()["v"], 1, "{of}");
+            assert!(service.get(&path).await.cache().starts_with("hit"), "{of}");
+            psql(&db, &[&format!("update kind_{n} set v = 2")]).await;
+            assert_eq!(service.fresh(&path).await.row()["v"], 2, "{of}");
+            let several = service.get(&format!("/v1/public.kind_{n}?key={key}")).await;
+            assert_eq!(several.row()["rows"][0]["row"]["v"], 2, "{of}");
+        }
+    }
+
+    async fn what_is_large_is_compressed(test: Test) {
+        let db = prepared(test.version).await;
+        let service = Service::start(&db, &["--table", "users"]).await;
+        let keys = (1..=200).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
+        let path = format!("/v1/public.users?keys={keys}");
+        let plain = service.get(&path).await;
+        for coding in ["gzip", "zstd"] {
+            let packed = service.request(Method::GET, &path).header("accept-encoding", coding).send().await.expect("it answers");
+            assert_eq!(packed.headers()["content-encoding"], coding);
+            let bytes = packed.bytes().await.expect("a body").len();
+            assert!(bytes * 4 < plain.body.len(), "{bytes} of {}", plain.body.len());
+        }
+        let small = service.get_with("/v1/public.users/1", "accept-encoding", "gzip, zstd").await;
+        assert_eq!((small.header("content-encoding"), &small.row()["id"]), ("", &1.into()));
     }
 
     async fn who_asks_says_how_fresh(test: Test) {
