@@ -12,6 +12,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
+#[cfg(feature = "serve")]
+use crate::coherence::Boot;
 use crate::{
     error::{Error, Kind, Result},
     fill::Join,
@@ -99,8 +101,15 @@ pub(crate) enum Way {
     Loaded,
     /// By a load that somebody else had asked for.
     Joined,
-    /// Not at all.
-    Refused,
+}
+
+/// What was read, how, and as of when.
+#[cfg(feature = "serve")]
+pub(crate) struct Traced<V> {
+    pub(crate) row: Option<Cached<V>>,
+    pub(crate) way: Way,
+    /// Everything that was visible then is in it.
+    pub(crate) as_of: Boot,
 }
 
 /// What a read accepts.
@@ -162,46 +171,47 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         Ok(rows)
     }
 
-    /// As [`get_with`](Self::get_with), and how it was answered.
+    /// As [`get_with`](Self::get_with), and how it was answered, and as of when. That moment is noted before what is held is looked at:
+    ///
+    /// 1. a reader finds the entry;
+    /// 2. a change that was visible for seconds is applied, and after it a fence, which was sent a moment ago;
+    /// 3. the reader asks how old the last fence is: a moment. But what he has misses a change that is older.
     #[cfg(feature = "serve")]
-    pub(crate) async fn trace(&self, key: &K, freshness: Freshness) -> (Way, Result<Option<Cached<V>>>) {
-        let mut way = Way::Refused;
-        let row = async {
-            let terms = self.terms(freshness).await?;
-            self.opened().await?;
-            let mut wanted = Vec::new();
-            let asked = self.ask(key, terms, &mut wanted)?;
-            way = match &asked {
-                Asked::Hit(_) => self.held_way(),
-                Asked::Wait(_) if wanted.is_empty() => Way::Joined,
-                Asked::Wait(_) => Way::Loaded,
-            };
-            self.start_loads(wanted);
-            let (row, is_rescued) = self.accept(key, asked, terms).await?;
-            if is_rescued {
-                way = Way::Rescued;
-            }
-            Ok(row)
+    pub(crate) async fn trace(&self, key: &K, freshness: Freshness) -> Result<Traced<V>> {
+        let terms = self.terms(freshness).await?;
+        self.opened().await?;
+        let (now, covered) = self.shared().covered();
+        let mut wanted = Vec::new();
+        let asked = self.ask(key, terms, &mut wanted)?;
+        let (way, as_of) = match &asked {
+            Asked::Hit(_) => (self.held_way(), covered),
+            // It may have begun long ago; what has been applied since did not concern the key.
+            Asked::Wait(_) if wanted.is_empty() => (Way::Joined, covered),
+            Asked::Wait(_) => (Way::Loaded, now),
         };
-        let row = row.await;
-        (way, row)
+        self.start_loads(wanted);
+        let (row, is_rescued) = self.accept(key, asked, terms).await?;
+        let (way, as_of) = if is_rescued { (Way::Rescued, covered) } else { (way, as_of) };
+        Ok(Traced { row, way, as_of })
     }
 
     /// What a hit is answered with. `None`: it is none.
     #[cfg(feature = "serve")]
-    pub(crate) fn held(&self, key: &K) -> Option<Option<Cached<V>>> {
-        self.store.lookup(key).map(Cached::new)
+    pub(crate) fn held(&self, key: &K) -> Option<Traced<V>> {
+        let (_, as_of) = self.shared().covered();
+        let entry = self.store.lookup(key)?;
+        Some(Traced { row: Cached::new(entry), way: Way::Held, as_of })
     }
 
     /// What is held, if everything visible so long ago is in it; also while the node is not coherent.
     #[cfg(feature = "serve")]
-    pub(crate) fn held_within(&self, key: &K, limit: Duration) -> Option<(Way, Option<Cached<V>>)> {
-        // As of `Within`: the age first.
-        if self.shared().age() > limit {
+    pub(crate) fn held_within(&self, key: &K, limit: Duration) -> Option<Traced<V>> {
+        let (now, as_of) = self.shared().covered();
+        if now.saturating_sub(as_of) > limit {
             return None;
         }
         let entry = self.store.lookup_stale(key)?;
-        Some((self.held_way(), Cached::new(entry)))
+        Some(Traced { row: Cached::new(entry), way: self.held_way(), as_of })
     }
 
     /// How what is held answers now.
@@ -424,6 +434,13 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
 }
 
 impl Shared {
+    /// The time now, and the one before which everything visible is known to have been applied.
+    #[cfg(feature = "serve")]
+    pub(crate) fn covered(&self) -> (Boot, Boot) {
+        let now = self.host.now();
+        (now, now.saturating_sub(self.horizon.age(now)))
+    }
+
     /// The time since everything visible was last known to have been applied, now.
     pub(crate) fn age(&self) -> Duration {
         self.horizon.age(self.host.now())

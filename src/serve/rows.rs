@@ -27,7 +27,8 @@ use super::{
 };
 use crate::{
     Cached, Freshness,
-    freshness::Way,
+    coherence::Boot,
+    freshness::{Traced, Way},
     key::AnyKey,
     postgres::json_rows::{JsonRow, Sent},
 };
@@ -37,8 +38,14 @@ struct Answer {
     row: Option<Cached<JsonRow>>,
     /// `None`: around the cache, as was asked.
     way: Option<Way>,
-    /// What the answer may miss, at most.
-    age: Duration,
+    /// Everything that was visible then is in it.
+    as_of: Boot,
+}
+
+impl From<Traced<JsonRow>> for Answer {
+    fn from(Traced { row, way, as_of }: Traced<JsonRow>) -> Self {
+        Self { row, way: Some(way), as_of }
+    }
 }
 
 /// One row, by its key, as JSON.
@@ -76,10 +83,9 @@ pub(crate) async fn row(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMa
     if !headers.contains_key(header::CACHE_CONTROL)
         && !headers.contains_key(&TOKEN)
         && !headers.contains_key(header::PRAGMA)
-        && let Some(row) = table.table().held(&key)
+        && let Some(held) = table.table().held(&key)
     {
-        let answer = Answer { row, way: Some(Way::Held), age: table.age() };
-        return Ok(respond(table, &key, &answer, &headers));
+        return Ok(respond(table, &key, &held.into(), &headers));
     }
     let wishes = Directives::read(&headers, bound(table))?;
     match read(table, &key, wishes).await {
@@ -200,8 +206,8 @@ pub(crate) async fn change(State(app): State<Arc<App>>, uri: Uri, request: Reque
         }
         Err(error) => return Err(error.into()),
     };
-    let row = table.after(&key, token).await?;
-    let answer = Answer { row, way: None, age: Duration::ZERO };
+    let read = table.table().trace(&key, Freshness::AtLeast(token)).await?;
+    let answer = Answer { way: None, ..read.into() };
     let mut response = respond(table, &key, &answer, &without_conditions(headers));
     if let Ok(value) = HeaderValue::try_from(token.to_string()) {
         response.headers_mut().insert(TOKEN, value);
@@ -259,36 +265,33 @@ async fn read(table: &Served, key: &AnyKey, wishes: Directives) -> Result<Answer
             _ => bound(table),
         };
         let held = if wishes.token.is_none() { cache.held_within(key, limit) } else { None };
-        let Some((way, row)) = held else {
+        let Some(held) = held else {
             let detail =
                 format!("{} {} is not held, and `only-if-cached` was asked for", table.path(), table.show_key(key));
             let problem = Problem::new(StatusCode::GATEWAY_TIMEOUT, "not_cached", detail);
             return Err((problem, "rowcache; detail=only-if-cached".to_owned()));
         };
-        return Ok(Answer { row, way: Some(way), age: table.age() });
+        return Ok(held.into());
     }
     if wishes.no_store {
+        let as_of = table.now();
         let rows = cache.load_together(std::slice::from_ref(key)).await.map_err(|error| around(error.into()))?;
-        return Ok(Answer { row: rows.into_iter().next().flatten(), way: None, age: Duration::ZERO });
+        return Ok(Answer { row: rows.into_iter().next().flatten(), way: None, as_of });
     }
-    let (mut way, mut row) = match wishes.token {
+    let mut read = match wishes.token {
         Some(token) => cache.trace(key, Freshness::AtLeast(token)).await,
         None => cache.trace(key, wishes.freshness).await,
     };
-    if row.is_ok() && wishes.token.is_some() && wishes.freshness != Freshness::Coherent {
-        (way, row) = cache.trace(key, wishes.freshness).await;
+    if read.is_ok() && wishes.token.is_some() && wishes.freshness != Freshness::Coherent {
+        read = cache.trace(key, wishes.freshness).await;
     }
-    match row {
-        Ok(row) => {
-            let age = if matches!(way, Way::Loaded | Way::Joined) { Duration::ZERO } else { table.age() };
-            Ok(Answer { row, way: Some(way), age })
-        }
+    match read {
+        Ok(read) => Ok(read.into()),
         Err(error) => {
             let is_outage = error.is_unavailable() || error.is_timeout() || error.is_refused() || error.is_pooler();
-            if let Some((_, row)) =
-                wishes.stale_if_error.filter(|_| is_outage).and_then(|max| cache.held_within(key, max))
+            if let Some(held) = wishes.stale_if_error.filter(|_| is_outage).and_then(|max| cache.held_within(key, max))
             {
-                return Ok(Answer { row, way: Some(Way::Rescued), age: table.age() });
+                return Ok(Answer { way: Some(Way::Rescued), ..held.into() });
             }
             let status = format!("rowcache; fwd={}; detail=failed", forwarded(table));
             Err((error.into(), status))
@@ -302,6 +305,7 @@ fn forwarded(table: &Served) -> &'static str {
 }
 
 fn respond(table: &Served, key: &AnyKey, answer: &Answer, headers: &HeaderMap) -> Response {
+    let age = table.now().saturating_sub(answer.as_of);
     let mut response = match &answer.row {
         None => no_such_row(table, key).into_response(),
         Some(row) => {
@@ -324,9 +328,9 @@ fn respond(table: &Served, key: &AnyKey, answer: &Answer, headers: &HeaderMap) -
     // Whoever stands in between may keep it, and must ask again each time: here, where that costs a look.
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
     headers.insert(header::VARY, HeaderValue::from_static("rowcache-token, accept-encoding"));
-    headers.insert(header::AGE, answer.age.as_secs().into());
+    headers.insert(header::AGE, age.as_secs().into());
     let ttl = || {
-        let left = bound(table).as_secs_f64() - answer.age.as_secs_f64();
+        let left = bound(table).as_secs_f64() - age.as_secs_f64();
         #[expect(clippy::cast_possible_truncation, reason = "seconds")]
         let left = left.clamp(-1e12, 1e12).floor() as i64;
         left
@@ -349,7 +353,7 @@ fn respond(table: &Served, key: &AnyKey, answer: &Answer, headers: &HeaderMap) -
             let stored = if table.table().peek(key).is_known() { "; stored" } else { "" };
             with_status(response, &format!("rowcache; fwd={}{stored}", forwarded(table)))
         }
-        Some(Way::Refused) | None => with_status(response, "rowcache; fwd=request"),
+        None => with_status(response, "rowcache; fwd=request"),
     }
 }
 

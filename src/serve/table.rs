@@ -1,11 +1,12 @@
 //! A table as it is served: rows as JSON, by keys that come as text.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
 use crate::{
-    Freshness, Node, Table, TableOptions, Token,
+    Node, Table, TableOptions, Token,
+    coherence::Boot,
     depends::By,
     error::{Error, Kind, Result},
     hashed::Hashed,
@@ -138,14 +139,9 @@ impl Served {
         transaction.commit().await.map(Some)
     }
 
-    /// The row as of after a write.
-    pub(crate) async fn after(&self, key: &AnyKey, token: Token) -> Result<Option<crate::Cached<JsonRow>>> {
-        self.0.table.get_with(key, Freshness::AtLeast(token)).await
-    }
-
-    /// How old what is held may be.
-    pub(crate) fn age(&self) -> Duration {
-        self.0.table.shared().age()
+    /// The time, by the clock of its node.
+    pub(crate) fn now(&self) -> Boot {
+        self.0.table.shared().host.now()
     }
 }
 

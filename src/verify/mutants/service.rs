@@ -58,8 +58,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "service-stale",
         protection: "`stale-if-error` serves nothing older than it says",
         file: "src/freshness.rs",
-        text: "        if self.shared().age() > limit {\n            return None;",
-        instead: "        if self.shared().age() > limit + Duration::from_hours(1) {\n            return None;",
+        text: "        if now.saturating_sub(as_of) > limit {",
+        instead: "        if now.saturating_sub(as_of) > limit + Duration::from_hours(1) {",
         catchers: &[Test("cli", "without_postgres_it_answers")],
     },
     Mutant {
