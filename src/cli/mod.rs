@@ -22,6 +22,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 
+#[cfg(feature = "serve")]
+pub(crate) use nodes::as_json as fleet_as_json;
 pub use report::report;
 #[cfg(feature = "serve")]
 pub(crate) use report::with_causes;

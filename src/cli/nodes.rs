@@ -129,7 +129,8 @@ fn time(time: Duration) -> String {
     }
 }
 
-fn as_json(fleet: &Fleet) -> Value {
+/// As `--json` prints it, and the service answers.
+pub(crate) fn as_json(fleet: &Fleet) -> Value {
     let silent = fleet.silent().count();
     json!({
         "deadline_seconds": fleet.deadline.as_secs_f64(),

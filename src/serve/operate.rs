@@ -13,7 +13,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{app::App, metrics, problem::Problem, rows, table::Served};
-use crate::{Cause, Explanation, FleetNode, Status, TableEvent, key::AnyKey, postgres::json_rows::Sent};
+use crate::{
+    Cause, Explanation, FleetNode, Status, TableEvent, cli::fleet_as_json, key::AnyKey, postgres::json_rows::Sent,
+};
 
 /// The process lives.
 #[utoipa::path(get, path = "/healthz", tag = "node", responses((status = 200, description = "It does", content_type = "application/json", body = Object)))]
@@ -325,50 +327,7 @@ pub(crate) async fn clear(State(app): State<Arc<App>>, uri: Uri, asked: Asked) -
     (status = 503, description = "The database cannot be asked now", body = Problem, content_type = "application/problem+json"),
 ))]
 pub(crate) async fn nodes(State(app): State<Arc<App>>) -> Result<Json<Value>, Problem> {
-    let fleet = app.fleet().await?;
-    let nodes: Vec<Value> = fleet.nodes.iter().map(of_member).collect();
-    let silent = fleet.silent().count();
-    Ok(Json(json!({
-        "deadline_seconds": fleet.deadline.as_secs_f64(),
-        "answered": nodes.len() - silent,
-        "silent": silent,
-        "nodes": nodes,
-    })))
-}
-
-fn of_member(node: &FleetNode) -> Value {
-    let report = node.report.as_ref().map(|report| {
-        let table = |table: &crate::TableReport| {
-            json!({
-                "name": table.name, "coherent": table.is_coherent, "entries": table.entries, "used": table.used,
-                "capacity": table.capacity, "gets": table.gets, "hits": table.hits,
-            })
-        };
-        json!({
-            "id": report.id,
-            "version": report.version,
-            "host": report.host,
-            "process": report.process,
-            "address": report.address,
-            "uptime_seconds": report.uptime.as_secs_f64(),
-            "coherent": report.is_coherent,
-            "as_of_seconds": report.as_of.map(|it| it.as_secs_f64()),
-            "staleness_bound_seconds": report.staleness_bound.as_secs_f64(),
-            "reason": report.reason,
-            "gaps": report.gaps,
-            "tables": report.tables.iter().map(table).collect::<Vec<_>>(),
-            "tables_left_out": report.tables_left_out,
-        })
-    });
-    json!({
-        "name": node.name,
-        "listener_pid": node.listener_pid,
-        "client": node.client,
-        "connected_seconds": node.connected.map(|it| it.as_secs_f64()),
-        "is_this": node.is_this,
-        "answered": report.is_some(),
-        "report": report,
-    })
+    Ok(Json(fleet_as_json(&*app.fleet().await?)))
 }
 
 /// Who has applied what was sent before: whoever answers a question that is asked now, and holds nothing that he does not serve.

@@ -25,7 +25,7 @@ use super::{
     table::{ON_PURPOSE, PANIC_EVERY, PLACES, Place, Row},
     wire::{Kind, Order, RawNote, Setup, Told, machine_time, nanos, now},
 };
-use crate::{Change, Event, Events, Fallback, KeyHash, Node, Rows, Status, Table, TableOptions, Tier};
+use crate::{Change, Config, Event, Events, Fallback, KeyHash, Node, Rows, Status, Table, TableOptions, Tier};
 
 /// Messages to the run that may wait.
 const TOLD_MAX: usize = 256;
@@ -145,8 +145,19 @@ fn tell_all(mut to_tell: mpsc::Receiver<Told>) {
     }
 }
 
+/// On a busy machine opening a line can take longer than it may; a service would be started again.
+async fn start_node(config: Config) -> Result<Node> {
+    let mut tries_left = 5;
+    loop {
+        match Node::start(config.clone()).await {
+            Err(error) if error.is_unavailable() && tries_left > 0 => tries_left -= 1,
+            started => return started.context("the node does not start"),
+        }
+    }
+}
+
 async fn start(setup: Setup, told: mpsc::Sender<Told>) -> Result<Arc<Subject>> {
-    let node = Node::start(setup.config()?).await.context("the node does not start")?;
+    let node = start_node(setup.config()?).await?;
     let (mut tables, mut stale, mut hashes) = (Vec::new(), Vec::new(), HashMap::new());
     for place in &PLACES {
         let options = TableOptions::default().capacity(setup.kind.capacity());
