@@ -64,7 +64,7 @@ impl Hub {
         let keys: BTreeMap<String, Vec<KeyType>> = tables
             .iter()
             .filter(|table| table.is_keyed())
-            .map(|table| (table.relation().to_owned(), table.types()))
+            .map(|table| (table.relation().to_owned(), table.types().to_vec()))
             .collect();
         let mut events = node.subscribe();
         let writer = Arc::clone(&hub);

@@ -57,7 +57,8 @@ pub(crate) const ROUTES: [&str; 14] = [
 const ROWS: [&str; 2] = ["/v1/{table}/{key}", "/v1/{table}"];
 
 /// The statuses that are told apart.
-const STATUSES: [u16; 18] = [200, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 431, 500, 501, 503, 504, 0];
+const STATUSES: [u16; 19] =
+    [200, 204, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 431, 500, 501, 503, 504, 0];
 
 impl HttpMetrics {
     pub(crate) fn count(&self, route: &str, status: u16, took: Duration) {

@@ -86,7 +86,8 @@ pub(crate) async fn status(State(app): State<Arc<App>>) -> Json<Value> {
     let tables: Vec<Value> = running.into_iter().flat_map(|running| running.tables.values()).map(of_table).collect();
     Json(json!({
         "node": {
-            "id": app.id,
+            // As other nodes know it.
+            "id": running.map_or(app.id, |running| running.node.handle.shared.id),
             "name": app.name,
             "version": env!("CARGO_PKG_VERSION"),
             "host": super::options::host_name(),
@@ -269,7 +270,7 @@ fn scope(asked: Asked) -> Result<Scope, Problem> {
         Scoped,
     ),
     responses(
-        (status = 200, description = "Who has forgotten it, and who did not answer", content_type = "application/json", body = Object),
+        (status = 200, description = "Who has forgotten it, and who did not answer or is not coherent", content_type = "application/json", body = Object),
         (status = 400, description = "The key cannot be read", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No token, or a wrong one", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "The token is for reading", body = Problem, content_type = "application/problem+json"),
@@ -298,7 +299,7 @@ pub(crate) async fn invalidate(State(app): State<Arc<App>>, uri: Uri, asked: Ask
     tag = "administration",
     params(("table" = String, Path, description = "As it was named to the service", example = "public.users"), Scoped),
     responses(
-        (status = 200, description = "Who has forgotten them, and who did not answer", content_type = "application/json", body = Object),
+        (status = 200, description = "Who has forgotten them, and who did not answer or is not coherent", content_type = "application/json", body = Object),
         (status = 400, description = "The scope cannot be read", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No token, or a wrong one", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "The token is for reading", body = Problem, content_type = "application/problem+json"),
@@ -330,12 +331,14 @@ pub(crate) async fn nodes(State(app): State<Arc<App>>) -> Result<Json<Value>, Pr
     Ok(Json(fleet_as_json(&*app.fleet().await?)))
 }
 
-/// Who has applied what was sent before: whoever answers a question that is asked now, and holds nothing that he does not serve.
+/// Who has applied what was sent before: whoever answers a question that is asked now, and says that he is coherent. One who is not may still
+/// serve old rows to those who allow that.
 async fn confirmed(app: &App) -> Result<Json<Value>, Problem> {
     let fleet = app.running()?.node.fleet(FLEET_DEADLINE).await?;
-    let (confirmed, silent): (Vec<_>, Vec<_>) = fleet.nodes.iter().partition(|node| node.report.is_some());
+    let has = |node: &&FleetNode| node.report.as_ref().is_some_and(|report| report.is_coherent);
+    let (confirmed, others): (Vec<_>, Vec<_>) = fleet.nodes.iter().partition(has);
     let names = |nodes: Vec<&FleetNode>| nodes.into_iter().map(|node| node.name.clone()).collect::<Vec<_>>();
-    Ok(Json(json!({ "scope": "cluster", "confirmed": names(confirmed), "unconfirmed": names(silent) })))
+    Ok(Json(json!({ "scope": "cluster", "confirmed": names(confirmed), "unconfirmed": names(others) })))
 }
 
 /// How long other nodes are waited for.

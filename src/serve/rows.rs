@@ -166,6 +166,7 @@ pub(crate) async fn rows(State(app): State<Arc<App>>, uri: Uri, headers: HeaderM
         (status = 200, description = "The row as it is now", content_type = "application/json", body = Object, headers(
             ("Rowcache-Token" = String, description = "Names the transaction: reads that send it, on any node, include it"),
         )),
+        (status = 204, description = "Done; there is no row with this key any more, as the change was one of the key"),
         (status = 400, description = "The key or the body cannot be read", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No token, or a wrong one", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "The table is not served as writable, or the token is for reading", body = Problem, content_type = "application/problem+json"),
@@ -208,7 +209,12 @@ pub(crate) async fn change(State(app): State<Arc<App>>, uri: Uri, request: Reque
     };
     let read = table.table().trace(&key, Freshness::AtLeast(token)).await?;
     let answer = Answer { way: None, ..read.into() };
-    let mut response = respond(table, &key, &answer, &without_conditions(headers));
+    let mut response = if answer.row.is_some() {
+        respond(table, &key, &answer, &without_conditions(headers))
+    } else {
+        // It has another key now, or somebody has deleted it since.
+        StatusCode::NO_CONTENT.into_response()
+    };
     if let Ok(value) = HeaderValue::try_from(token.to_string()) {
         response.headers_mut().insert(TOKEN, value);
     }

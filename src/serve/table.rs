@@ -39,6 +39,8 @@ struct Inner {
     path: String,
     relation: String,
     key: Vec<(String, KeyType)>,
+    /// Those of the key: each request asks for them.
+    types: Vec<KeyType>,
     sent: Sent,
     writable: bool,
     table: Table<AnyKey, JsonRow>,
@@ -64,6 +66,7 @@ impl Served {
         Ok(Self(Arc::new(Inner {
             path,
             relation,
+            types: key.iter().map(|(_, of)| *of).collect(),
             key,
             sent: spec.sent,
             writable: spec.writable,
@@ -104,8 +107,8 @@ impl Served {
         self.0.writable
     }
 
-    pub(crate) fn types(&self) -> Vec<KeyType> {
-        self.0.key.iter().map(|(_, of)| *of).collect()
+    pub(crate) fn types(&self) -> &[KeyType] {
+        &self.0.types
     }
 
     /// Reads a key as it stands in a path or a query: percent-encoded, the parts of a key of several columns apart by commas.
@@ -116,12 +119,12 @@ impl Served {
             text.map(std::borrow::Cow::into_owned).map_err(|_| "it is not UTF-8".to_owned())
         };
         let parts = parts.iter().map(decode).collect::<Result<Vec<_>, _>>()?;
-        AnyKey::parse(&self.types(), &parts)
+        AnyKey::parse(self.types(), &parts)
     }
 
     /// A key as [`read_key`](Self::read_key) reads it.
     pub(crate) fn show_key(&self, key: &AnyKey) -> String {
-        joined(&key.text(&self.types()))
+        joined(&key.text(self.types()))
     }
 
     /// Sets columns of a row, in a transaction of its own. `None`: there is no such row.

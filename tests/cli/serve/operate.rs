@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use axum::{Router, body::Bytes, http::Uri};
+use rowcache::{Config, Node};
 use serde_json::{Value, json};
 
 use super::{Service, prepared};
@@ -85,6 +86,14 @@ pg_test! {
         two.post("/v1/public.users/clear?scope=local").await.row();
         assert_eq!(held(1).await, vec![true, false]);
         one.post("/v1/public.users/clear?scope=moon").await.is_problem(400, "bad_scope");
+        // Who answers and is not coherent has not confirmed: he may serve old rows to those who allow that.
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.name = Some("doubtful".into());
+        let doubtful = Node::start(config).await.expect("starts");
+        doubtful.set_caching(false);
+        let cleared = one.post("/v1/public.users/clear").await.row();
+        assert_eq!((&cleared["confirmed"], &cleared["unconfirmed"]), (&json!(["one", "two"]), &json!(["doubtful"])));
+        doubtful.shutdown().await;
 
         let list = two.get("/v1/nodes").await.row();
         assert_eq!((&list["answered"], &list["silent"]), (&2.into(), &0.into()), "{list}");

@@ -208,6 +208,12 @@ pg_test! {
         // A column is a name, and nothing else.
         patch(path, json!({ "name\" = 'x', \"email": "x" })).await.is_problem(422, "refused");
         assert_eq!(one.fresh(path).await.row()["name"], "name 19");
+        // A change of the key itself leaves no row to show.
+        let moved = patch(path, json!({ "id": 5005 })).await;
+        assert_eq!((moved.status, moved.body.as_str()), (204, ""), "{moved:#?}");
+        let token = moved.header("rowcache-token").to_owned();
+        assert_eq!(two.get_with("/v1/public.users/5005", "rowcache-token", &token).await.row()["name"], "name 19");
+        two.get_with(path, "rowcache-token", &token).await.is_problem(404, "no_such_row");
     }
 
     async fn without_postgres_it_answers_only_what_is_allowed(test: Test) {
