@@ -230,7 +230,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     }
 
     /// The entry of `key`, if it may be served. Counts a hit; a miss is counted by what the caller does next.
-    #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit: rowcache-verify instructions")]
+    #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit: rowcache-budget")]
     #[inline(always)]
     pub(crate) fn lookup(&self, key: &K) -> Option<Arc<Entry<V>>> {
         self.find(key, true)

@@ -60,7 +60,7 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
         Self { rows, absent, room, pins }
     }
 
-    #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit: rowcache-verify instructions")]
+    #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit: rowcache-budget")]
     #[inline(always)]
     pub(super) fn get(&self, key: &K) -> Option<Arc<Entry<V>>> {
         match self.rows.get(key) {
