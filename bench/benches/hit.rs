@@ -140,7 +140,7 @@ where
     };
     caches.push(("dashmap", Box::new(read)));
 
-    let (hydra, runtime) = (HydraCache::local().max_capacity(room as u64).build(), Handle::current());
+    let (hydra, runtime) = (HydraCache::local().max_capacity(room as u64 * 1024).build(), Handle::current());
     for (key, row) in &rows {
         hydra.put(&key.to_string(), User::clone(row), CacheOptions::new()).await?;
     }
@@ -176,9 +176,10 @@ where
             let read: Vec<Arc<Vec<K>>> = (0..threads).map(|seed| Arc::new(choose(&keys, zipf, seed))).collect();
             let rounds = bench.rounds(15);
             let all = caches.clone();
-            let turns =
-                tokio::task::spawn_blocking(move || Turns::take(rounds, all.len(), |n| nanoseconds(&all[n].1, &read)))
-                    .await?;
+            let turns = tokio::task::spawn_blocking(move || {
+                Turns::take(rounds, all.len(), |n| nanoseconds(all[n].0, &all[n].1, &read))
+            })
+            .await?;
             let at = |name| caches.iter().position(|cache| cache.0 == name).expect("it is there");
             let mut cells = vec![
                 kind.to_owned(),
@@ -228,14 +229,14 @@ fn choose<K: Clone>(keys: &[K], zipf: bool, seed: u64) -> Vec<K> {
 }
 
 /// For a read, over all threads.
-fn nanoseconds<K: Sync + Send>(read: &Read<K>, choices: &[Arc<Vec<K>>]) -> f64 {
+fn nanoseconds<K: Sync + Send>(name: &str, read: &Read<K>, choices: &[Arc<Vec<K>>]) -> f64 {
     let cpu: Duration = thread::scope(|scope| {
         let readers: Vec<_> = choices
             .iter()
             .map(|keys| {
                 scope.spawn(|| {
                     let (hits, cpu) = cpu_of(|| read(keys));
-                    assert_eq!(hits, keys.len(), "every read is a hit");
+                    assert_eq!(hits, keys.len(), "every read of {name} is a hit");
                     cpu
                 })
             })
@@ -283,7 +284,7 @@ async fn options(bench: &mut Bench, ground: &Ground, rows: usize) -> Result<()> 
     let choices = vec![Arc::new(choose(&ids, true, 0))];
     let rounds = bench.rounds(15);
     let (turns, reads) = tokio::task::spawn_blocking(move || {
-        (Turns::take(rounds, reads.len(), |n| nanoseconds(&reads[n].1, &choices)), reads)
+        (Turns::take(rounds, reads.len(), |n| nanoseconds(reads[n].0, &reads[n].1, &choices)), reads)
     })
     .await?;
     let mut table = report::Table::new(

@@ -6,6 +6,7 @@ mod entry;
 use std::{hash::Hash, process::ExitCode, sync::Arc};
 
 use anyhow::{Result, ensure};
+use entry::{Person, Point};
 use peak_alloc::PeakAlloc;
 use rowcache::{Event, Lookup, Node, Table, TableOptions};
 use rowcache_bench::{
@@ -30,16 +31,23 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     );
     let ground = Ground::start(&mut bench).await?;
     let pool = ground.pool(1).await?;
-    sqlx::raw_sql(entry::TABLE).execute(&pool).await?;
+    for table in [Point::TABLE, Person::TABLE] {
+        sqlx::raw_sql(table).execute(&pool).await?;
+    }
     pool.close().await;
     ground.users(entry::ROWS).await?;
     ground.people(entry::ROWS).await?;
 
-    let (bare, ours) = entry::bytes(&ground.url(), || ALLOCATOR.current_usage()).await?;
-    bench.ratio(
-        Ratio::cost("bytes for an entry, small row, bigint key", "quick_cache", Spread::exact(ours / bare))
-            .target(entry::BUDGET),
-    );
+    let node = Node::connect(&ground.url()).await?;
+    let allocated = || ALLOCATOR.current_usage();
+    let (bare_small, ours_small) = entry::bytes(&node, "points", Point::nth, allocated).await?;
+    let (bare_large, ours_large) = entry::bytes(&node, "persons", Person::nth, allocated).await?;
+    let of = |what: &str, ours: f64, bare: f64| {
+        Ratio::cost(format!("bytes for an entry, {what}"), "quick_cache", Spread::exact(ours / bare))
+            .target(entry::BUDGET)
+    };
+    bench.ratio(of("large row, bigint key", ours_large, bare_large));
+    bench.ratio(of("small row, bigint key", ours_small, bare_small));
     let mut table = report::Table::new(
         "Bytes for each row.",
         &["store", "small row, bigint key", "large row, bigint key", "large row, text key"],
@@ -48,22 +56,14 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     let small = |id: i64| (id, Arc::new((id, id)));
     let large = |id: i64| (id, Arc::new(User::nth(id)));
     let text = |id: i64| (User::nth(id).email, Arc::new(User::nth(id)));
-    let cells =
-        [each(fill_quick(ids().map(small))), each(fill_quick(ids().map(large))), each(fill_quick(ids().map(text)))];
-    let bare_cells = cells;
-    row(&mut table, "quick_cache", cells);
-    let node = Node::connect(&ground.url()).await?;
-    let users = of_table::<i64>(&node, "public.users", &ids().collect::<Vec<_>>()).await?;
+    let bare_text = each(fill_quick(ids().map(text)));
+    row(&mut table, "quick_cache", [bare_small, bare_large, bare_text]);
     let emails: Vec<String> = ids().map(|id| User::nth(id).email).collect();
-    let people = of_table::<String>(&node, "public.people", &emails).await?;
+    let ours_text = of_table(&node, "public.people", &emails).await?;
     drop(emails);
     node.shutdown().await;
-    let cells = [ours, users, people];
-    row(&mut table, "rowcache", cells);
-    for (what, n) in [("large row, bigint key", 1), ("large row, text key", 2)] {
-        let value = Spread::exact(cells[n] / bare_cells[n]);
-        bench.ratio(Ratio::cost(format!("bytes for an entry, {what}"), "quick_cache", value).target(entry::BUDGET));
-    }
+    row(&mut table, "rowcache", [ours_small, ours_large, ours_text]);
+    bench.ratio(of("large row, text key", ours_text, bare_text));
     let cells =
         [each(fill_moka(ids().map(small))), each(fill_moka(ids().map(large))), each(fill_moka(ids().map(text)))];
     row(&mut table, "moka", cells);
@@ -140,7 +140,7 @@ fn fill_map<K: Hash + Eq, V>(rows: impl Iterator<Item = (K, Arc<V>)>) -> impl Fn
     move || rows.collect()
 }
 
-async fn of_table<K: rowcache::Key>(node: &Node, name: &str, keys: &[K]) -> Result<f64> {
+async fn of_table(node: &Node, name: &str, keys: &[String]) -> Result<f64> {
     let before = ALLOCATOR.current_usage();
     let table = rowcache_bench::ground::holding(node, name, TableOptions::default(), keys).await?;
     let bytes = ALLOCATOR.current_usage().saturating_sub(before) as f64 / keys.len() as f64;

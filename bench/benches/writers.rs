@@ -44,13 +44,15 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     commits(&mut bench, &ground, rows).await?;
     setup::fill(&ground, 1000).await?;
     polls(&mut bench, &ground).await?;
-    let step = bench.size(250_000, 1000);
-    let growth = growth::measure(&ground, step * 5, step).await?;
     for rows in [bench.size(100_000, 2000), bench.size(1_000_000, 20_000)] {
         setup::fill(&ground, rows).await?;
         update_all(&mut bench, &ground, rows).await?;
     }
-    bench.table(growth);
+    drop(ground);
+    let ground = Ground::start(&mut bench).await?;
+    setup::fill(&ground, 1000).await?;
+    let step = bench.size(250_000, 1000);
+    bench.table(growth::measure(&ground, step * 5, step).await?);
     Ok(bench)
 }
 

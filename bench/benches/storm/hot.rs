@@ -1,10 +1,12 @@
 //! One row that changes all the time.
 
 use std::{
+    future::{Future, poll_fn},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -17,10 +19,14 @@ use rowcache_bench::{
     suite::Bench,
 };
 use tokio::runtime::Handle;
+use tokio_postgres::{Client, Statement};
 
 const WAYS: [(&str, OnChange); 2] = [("`Evict` (default)", OnChange::Evict), ("`Refresh`", OnChange::Refresh)];
 /// Changes a second that the writer tries to make.
 const RATES: [u32; 4] = [10, 100, 1000, 10_000];
+
+/// Changes that the writer sends before the first of them has been answered.
+const PIPELINE: usize = 16;
 
 /// What came of one turn.
 struct Outcome {
@@ -98,6 +104,36 @@ pub async fn run(bench: &mut Bench, ground: &Ground) -> Result<()> {
     Ok(())
 }
 
+/// Changes the row. Returns when that was known to be committed.
+async fn change(client: &Client, update: &Statement, version: usize) -> Result<Instant> {
+    let changed = client.execute(update, &[&version.to_string()]).await?;
+    ensure!(changed == 1, "the row is there");
+    Ok(Instant::now())
+}
+
+/// Has all of them run at the same time, and begun in this order.
+async fn in_order<F: Future<Output = Result<Instant>>>(all: impl Iterator<Item = F>) -> Result<Vec<Instant>> {
+    let mut all: Vec<_> = all.map(Box::pin).collect();
+    let mut ended: Vec<Option<Instant>> = vec![None; all.len()];
+    poll_fn(|context| {
+        let (mut failed, mut waits) = (None, false);
+        for (run, end) in all.iter_mut().zip(&mut ended).filter(|(_, end)| end.is_none()) {
+            match run.as_mut().poll(context) {
+                Poll::Ready(Ok(at)) => *end = Some(at),
+                Poll::Ready(Err(error)) => failed = Some(error),
+                Poll::Pending => waits = true,
+            }
+        }
+        match failed {
+            Some(error) => Poll::Ready(Err(error)),
+            None if waits => Poll::Pending,
+            None => Poll::Ready(Ok(())),
+        }
+    })
+    .await?;
+    Ok(ended.into_iter().flatten().collect())
+}
+
 /// Has one writer and one reader at work.
 async fn turn(ground: &Ground, on_change: OnChange, rate: u32, length: Duration) -> Result<Outcome> {
     let node = ground.node(5).await?;
@@ -126,14 +162,12 @@ async fn turn(ground: &Ground, on_change: OnChange, rate: u32, length: Duration)
     let mut committed = vec![began];
     while began.elapsed() < length {
         let due = began + Duration::from_secs(committed.len() as u64) / rate;
-        if let Some(early) =
-            due.checked_duration_since(Instant::now()).filter(|early| *early > Duration::from_millis(1))
-        {
+        if let Some(early) = due.checked_duration_since(Instant::now()).filter(|it| *it > Duration::from_millis(1)) {
             tokio::time::sleep(early).await;
         }
-        let changed = client.execute(&update, &[&committed.len().to_string()]).await?;
-        ensure!(changed == 1, "the row is there");
-        committed.push(Instant::now());
+        let late = (began.elapsed().as_secs_f64() * f64::from(rate)) as usize;
+        let versions = committed.len()..=late.clamp(committed.len(), committed.len() + PIPELINE - 1);
+        committed.extend(in_order(versions.map(|version| change(&client, &update, version))).await?);
     }
     let (seconds, stats) = (began.elapsed().as_secs_f64(), users.stats().since(&before));
     stop.store(true, Ordering::Relaxed);

@@ -59,7 +59,7 @@ pub struct Outcome {
 }
 
 #[derive(sqlx::FromRow)]
-struct Item {
+pub struct Item {
     #[expect(dead_code, reason = "a value is held, as in a service")]
     name: String,
 }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use quick_cache::sync::Cache;
-use rowcache::{Node, Table, TableOptions};
+use rowcache::{FromRow, Node, Table, TableOptions};
 
-/// What an entry may take, as a multiple of the bare cache's.
+/// What an entry of a row as services have them may take, as a multiple of the bare cache's.
 pub const BUDGET: f64 = 1.25;
 
 pub const ROWS: usize = 1_000_000;
 
-/// A small row, so that it is the entry that counts.
+/// A row that is as small as rows can be, so that it is the entry that counts.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub struct Point {
     #[expect(dead_code, reason = "only its weight counts")]
@@ -21,37 +21,62 @@ pub struct Point {
     at: i64,
 }
 
-/// The table that is held in whole. `id` is its key.
-pub const TABLE: &str = "create table points as select n as id, n as at from generate_series(1::bigint, 1000000) n;
-    alter table points add primary key (id); select rowcache.track('points')";
+impl Point {
+    pub const TABLE: &str = "create table points as select n as id, n as at from generate_series(1::bigint, 1000000) n;
+        alter table points add primary key (id); select rowcache.track('points')";
 
-/// Bytes for each row, in a bare cache and in a table.
-pub async fn bytes(url: &str, allocated: impl Fn() -> usize) -> Result<(f64, f64)> {
-    let keys: Vec<i64> = (1_i64..).take(ROWS).collect();
+    pub fn nth(id: i64) -> Self {
+        Self { id, at: id }
+    }
+}
+
+/// A row as services have them.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub struct Person {
+    #[expect(dead_code, reason = "only its weight counts")]
+    id: i64,
+    #[expect(dead_code, reason = "as above")]
+    email: String,
+    #[expect(dead_code, reason = "as above")]
+    name: String,
+    #[expect(dead_code, reason = "as above")]
+    role: String,
+}
+
+impl Person {
+    pub const TABLE: &str = "create table persons as select n as id, 'user' || n || '@example.org' as email,
+        'First' || n % 1000 || ' Last' || n % 7919 as name, 'member' as role from generate_series(1::bigint, 1000000) n;
+        alter table persons add primary key (id); select rowcache.track('persons')";
+
+    pub fn nth(id: i64) -> Self {
+        let (email, name) = (format!("user{id}@example.org"), format!("First{} Last{}", id % 1000, id % 7919));
+        Self { id, email, name, role: "member".to_owned() }
+    }
+}
+
+/// Bytes for each row of this table, in a bare cache and in a node. Both have room for twice the rows.
+pub async fn bytes<V: FromRow>(
+    node: &Node,
+    table: &str,
+    nth: fn(i64) -> V,
+    allocated: fn() -> usize,
+) -> Result<(f64, f64)> {
+    let keys: Vec<i64> = (1..).take(ROWS).collect();
     let before = allocated();
     let bare = Cache::new(ROWS * 2);
     for &id in &keys {
-        bare.insert(id, Arc::new(Point { id, at: id }));
+        bare.insert(id, Arc::new(nth(id)));
     }
-    let of_bare = allocated() - before;
+    let of_bare = allocated().saturating_sub(before);
     drop(bare);
-    let node = Node::connect(url).await?;
     let before = allocated();
-    let points = held(&node, &keys).await?;
+    let rows: Table<i64, V> = node.table_with(table, TableOptions::default().capacity(ROWS * 2)).await?;
+    for keys in keys.chunks(5000) {
+        let found = rows.get_many(keys).await?.iter().flatten().count();
+        ensure!(found == keys.len(), "{found} of {} rows are there", keys.len());
+    }
     let of_ours = allocated().saturating_sub(before);
-    drop(points);
-    node.shutdown().await;
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
     let each = |bytes: usize| bytes as f64 / ROWS as f64;
     Ok((each(of_bare), each(of_ours)))
-}
-
-/// A table with room for twice the rows, as the bare cache has, that holds all of them.
-pub async fn held(node: &Node, keys: &[i64]) -> Result<Table<i64, Point>> {
-    let points: Table<i64, Point> = node.table_with("points", TableOptions::default().capacity(ROWS * 2)).await?;
-    for keys in keys.chunks(5000) {
-        let found = points.get_many(keys).await?.iter().flatten().count();
-        ensure!(found == keys.len(), "{found} of {} rows are there", keys.len());
-    }
-    Ok(points)
 }

@@ -43,7 +43,8 @@ struct User {
 }
 
 /// The table that is read. `id` is its key.
-pub const TABLE: &str = "create table users as select n as id, 'user ' || n as name from generate_series(1::bigint, 10000) n;
+pub const TABLE: &str =
+    "create table users as select n as id, 'user ' || n as name from generate_series(1::bigint, 10000) n;
     alter table users add primary key (id); select rowcache.track('users')";
 
 /// Instructions per read of one variant: those that are executed inside of the function `measured_…`. This program is started under
@@ -57,7 +58,8 @@ pub fn instructions(arguments: &[&str]) -> Result<f64> {
         .context("`valgrind` could not be started; Debian's package is valgrind")?;
     let report = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{report}{}", String::from_utf8_lossy(&output.stdout));
-    let collected = report.lines().find_map(|line| line.split("Collected :").nth(1)).context("callgrind reports a sum")?;
+    let collected =
+        report.lines().find_map(|line| line.split("Collected :").nth(1)).context("callgrind reports a sum")?;
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
     let reads = READS as f64;
     Ok(collected.trim().parse::<f64>()? / reads)

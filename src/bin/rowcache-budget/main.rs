@@ -13,11 +13,18 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use entry::{Person, Point};
 use peak_alloc::PeakAlloc;
-use rowcache::cli::{logs, report, temp_server::TempServer};
+use rowcache::{
+    Node,
+    cli::{logs, report, temp_server::TempServer},
+};
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// What an entry may take whose row is two numbers. It has 64 bytes more than the bare one, however small its row is.
+const SMALL_ENTRY: f64 = 1.8;
 
 /// Counts the instructions of a hit and the bytes of an entry, beside those of a bare quick_cache, and fails when they exceed a budget.
 ///
@@ -39,8 +46,9 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     let url = server.url("postgres");
     let pool = sqlx::PgPool::connect(&url).await?;
     rowcache::migrate::up(&pool).await?;
-    sqlx::raw_sql(hit::TABLE).execute(&pool).await?;
-    sqlx::raw_sql(entry::TABLE).execute(&pool).await?;
+    for table in [hit::TABLE, Point::TABLE, Person::TABLE] {
+        sqlx::raw_sql(table).execute(&pool).await?;
+    }
     pool.close().await;
     let mut exceeded = false;
     let mut line = |what: &str, count: f64, unit: &str, bare: f64, budget: Option<f64>| {
@@ -59,9 +67,15 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         let bare = *bare.get_or_insert(count);
         line(&format!("a hit, {variant}"), count, "instructions", bare, budget);
     }
-    let (bare, ours) = entry::bytes(&url, || ALLOCATOR.current_usage()).await?;
+    let node = Node::connect(&url).await?;
+    let allocated = || ALLOCATOR.current_usage();
+    let (bare, ours) = entry::bytes(&node, "persons", Person::nth, allocated).await?;
     line("an entry, bare", bare, "bytes", bare, None);
     line("an entry", ours, "bytes", bare, Some(entry::BUDGET));
+    let (bare, ours) = entry::bytes(&node, "points", Point::nth, allocated).await?;
+    line("a small entry, bare", bare, "bytes", bare, None);
+    line("a small entry", ours, "bytes", bare, Some(SMALL_ENTRY));
+    node.shutdown().await;
     Ok(if exceeded { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
