@@ -8,7 +8,12 @@
 //!                      invalidated since the load began
 //! ```
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use sqlx::{PgPool, postgres::PgRow};
 
@@ -25,6 +30,41 @@ use crate::{
     status::Status,
     store::{Answer, Asked, Cached, Entry, Outcome, Store},
 };
+
+/// What [`Table::get`] returns. Written out, and not an `async fn`, so that a hit becomes a part of whoever awaits it: a call of the
+/// compiler's function keeps the caller's state in memory, behind the locked instructions of a hit, and with rows that are in no processor's
+/// cache that took 1.8 times as long as a bare `get`.
+#[must_use = "a future does nothing until it is awaited"]
+struct Get<'a, K: Key, V: Send + Sync + 'static> {
+    table: &'a Table<K, V>,
+    key: &'a K,
+    /// Boxed, so that the future of a hit stays small.
+    load: Option<Loading<'a, V>>,
+}
+
+type Loading<'a, V> = Pin<Box<dyn Future<Output = Result<Option<Cached<V>>>> + Send + 'a>>;
+
+impl<K: Key, V: Send + Sync + 'static> Future for Get<'_, K, V> {
+    type Output = Result<Option<Cached<V>>>;
+
+    #[expect(clippy::inline_always, reason = "see above")]
+    #[inline(always)]
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let load = self.load.take();
+        if load.is_none()
+            && let Some(entry) = self.table.store.lookup(self.key)
+        {
+            return Poll::Ready(Ok(Cached::new(entry)));
+        }
+        match self.table.poll_load(self.key, load, context) {
+            Ok(answer) => Poll::Ready(answer),
+            Err(load) => {
+                self.load = Some(load);
+                Poll::Pending
+            }
+        }
+    }
+}
 
 /// A type that a row can be turned into: whatever implements [`sqlx::FromRow`] for Postgres and can be shared
 /// between threads. Implemented for all such types.
@@ -117,12 +157,8 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     ///
     /// Cancelling harms nobody: the load goes on, and its result is cached.
     #[inline]
-    pub async fn get(&self, key: &K) -> Result<Option<Cached<V>>> {
-        match self.store.lookup(key) {
-            Some(entry) => Ok(Cached::new(entry)),
-            // Boxed, so that the future of a hit stays small.
-            None => Box::pin(self.load(key)).await,
-        }
+    pub fn get<'a>(&'a self, key: &'a K) -> impl Future<Output = Result<Option<Cached<V>>>> + Send + 'a {
+        Get { table: self, key, load: None }
     }
 
     /// The rows with these keys, in the order of the keys; those not held are read with as few statements as
@@ -298,7 +334,23 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         self
     }
 
+    /// Goes on with a load, or begins with it. It takes and returns what would otherwise be a reference to the state of whoever awaits, which
+    /// would then have to be in memory.
     #[cold]
+    #[inline(never)]
+    fn poll_load<'a>(
+        &'a self,
+        key: &'a K,
+        load: Option<Loading<'a, V>>,
+        context: &mut Context<'_>,
+    ) -> std::result::Result<Result<Option<Cached<V>>>, Loading<'a, V>> {
+        let mut load = load.unwrap_or_else(|| Box::pin(self.load(key)));
+        match load.as_mut().poll(context) {
+            Poll::Ready(answer) => Ok(answer),
+            Poll::Pending => Err(load),
+        }
+    }
+
     async fn load(&self, key: &K) -> Result<Option<Cached<V>>> {
         self.read(key, self.coherent_terms()).await
     }

@@ -31,7 +31,7 @@ pub async fn run(bench: &mut Bench, ground: &mut Ground) -> Result<()> {
     );
     for pause in [0, 2] {
         let mut all = Vec::new();
-        for _ in 0..bench.rounds(5) {
+        for _ in 0..bench.rounds(4) {
             all.push(turn(ground, &choice, Duration::from_secs(pause)).await?);
         }
         let spread = |of: fn(&Back) -> f64| Spread::of(all.iter().map(of));

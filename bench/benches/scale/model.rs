@@ -2,7 +2,7 @@
 
 use rowcache_bench::measure::Spread;
 
-use super::{FEW, LOG_NODES, MANY_NODES, MORE_TABLES, RATE, SOME_NODES};
+use super::{FEW, LOG_NODES, Load, MANY_NODES, MORE_TABLES, RATE, SOME_NODES};
 
 /// Constants, in seconds of CPU time.
 #[derive(Clone, Copy, Debug)]
@@ -27,22 +27,23 @@ pub struct Model {
 const RATES: [f64; 3] = [0.0, FEW as f64, RATE as f64];
 
 impl Model {
-    /// From how many processors were busy in each of the cases of `FITTED`.
-    pub fn fit(cores: impl Fn(usize) -> f64) -> Self {
-        let rate = f64::from(RATE);
+    /// From what was measured of each of the cases of `FITTED`.
+    pub fn fit(load: impl Fn(usize) -> Load) -> Self {
+        let cores = |case| load(case).cores;
+        let of_change = |case| load(case).cores / load(case).rate;
         let (some, many) = (SOME_NODES as f64, MANY_NODES as f64);
-        let write = cores(0) / rate;
-        let notify = cores(1) / rate - write;
-        let [wake_channel, wake_database] = [10, 11].map(|case| (cores(case) - cores(1)) / rate / many);
+        let write = of_change(0);
+        let notify = of_change(1) - write;
+        let [wake_channel, wake_database] = [10, 11].map(|case| (of_change(case) - of_change(1)) / many);
         // A fence of each node wakes each, and nobody but its sender is told anything.
         let beat = cores(4) / many - many * wake_channel;
         let idle = |nodes: f64| nodes * beat + nodes * nodes * wake_channel;
         // Least squares, of a line through the change without nodes.
-        let point = |nodes: f64, case| (nodes, (cores(case) - idle(nodes)) / rate - write - notify);
+        let point = |nodes: f64, case| (nodes, of_change(case) - idle(nodes) / load(case).rate - write - notify);
         let points = [point(some, 2), point(many, 3)];
         let wake = points.iter().map(|(x, y)| x * y).sum::<f64>() / points.iter().map(|(x, _)| x * x).sum::<f64>();
-        let log = cores(6) / rate - write;
-        let polls = [7, 8, 9].map(&cores);
+        let log = of_change(6) - write;
+        let polls = [7, 8, 9].map(|case| (cores(case) - load(case).rate * (write + log)) / LOG_NODES as f64);
         Self {
             write,
             notify,
@@ -52,7 +53,7 @@ impl Model {
             beat,
             beat_table: (cores(5) - cores(4)) / many / MORE_TABLES as f64,
             log,
-            polls: [0, 1, 2].map(|n| (polls[n] - RATES[n] * (write + log)) / LOG_NODES as f64),
+            polls,
         }
     }
 

@@ -150,7 +150,7 @@ impl Drains {
                 all: Mutex::default(),
                 resident: Mutex::default(),
             });
-            let turns = Turns::wait(bench.rounds(4), 2, |way| {
+            let turns = Turns::wait(bench.rounds(3), 2, |way| {
                 let storm = storm.clone();
                 async move { storm.turn(way).await }
             })
