@@ -95,14 +95,9 @@ impl RowKey {
 
     /// The key with these parts.
     pub(crate) fn new(parts: &[KeyPart<'_>]) -> Self {
-        let mut owned: Vec<_> = parts.iter().map(|part| part.clone().into_owned()).collect();
-        Self(match (owned.len(), owned.pop()) {
-            (1, Some(part)) => Parts::One([part]),
-            (_, Some(part)) => {
-                owned.push(part);
-                Parts::Many(owned)
-            }
-            (_, None) => Parts::Many(Vec::new()),
+        Self(match parts {
+            [part] => Parts::One([part.clone().into_owned()]),
+            parts => Parts::Many(parts.iter().map(|part| part.clone().into_owned()).collect()),
         })
     }
 }

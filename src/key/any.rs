@@ -53,6 +53,9 @@ impl AnyKey {
         if texts.len() != types.len() {
             return Err(format!("the key has {} parts, and here are {}", types.len(), texts.len()));
         }
+        if let ([of], [text]) = (types, texts) {
+            return Ok(Self(RowKey::new(&[part(*of, text.as_ref())?])));
+        }
         let parts =
             texts.iter().zip(types).map(|(text, of)| part(*of, text.as_ref())).collect::<Result<Vec<_>, _>>()?;
         Ok(Self(RowKey::new(&parts)))

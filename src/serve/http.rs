@@ -2,7 +2,7 @@
 
 use std::{
     any::Any,
-    io,
+    io::{self, Write as _},
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     pin::Pin,
@@ -15,9 +15,9 @@ use std::{
 };
 
 use axum::{
-    Router,
+    Router, ServiceExt,
     extract::{MatchedPath, Request, State},
-    http::{HeaderName, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::get,
@@ -46,7 +46,7 @@ use tracing::Instrument as _;
 use utoipa::OpenApi as _;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{app::App, events, operate, page, problem::Problem, rows, telemetry};
+use super::{app::App, events, operate, page, problem::Problem, rows, shortcut::Shortcut, telemetry};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -95,12 +95,18 @@ fn routes() -> (Router<Arc<App>>, utoipa::openapi::OpenApi) {
         .split_for_parts()
 }
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Bodies below that are not worth the time that compressing them takes.
-const COMPRESSED_ABOVE: u64 = 1024;
+pub(crate) const COMPRESSED_ABOVE: u64 = 1024;
 
-pub(crate) fn router(app: &Arc<App>) -> Router {
+/// What answers requests.
+pub(crate) fn service(app: &Arc<App>) -> Shortcut {
+    let numbers = Numbers::of(app);
+    Shortcut::new(app, numbers.clone(), router(app, numbers))
+}
+
+fn router(app: &Arc<App>, numbers: Numbers) -> Router {
     let (router, document) = routes();
     let document: bytes::Bytes = document.to_json().unwrap_or_default().into();
     let document = get(move || {
@@ -119,7 +125,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .layer(
             // One layer to the router, which boxes each.
             ServiceBuilder::new()
-                .layer(SetRequestIdLayer::new(REQUEST_ID, Numbers::of(app)))
+                .layer(SetRequestIdLayer::new(REQUEST_ID, numbers))
                 .layer(PropagateRequestIdLayer::new(REQUEST_ID))
                 .layer(CatchPanicLayer::custom(panicked))
                 .layer(CompressionLayer::new().compress_when(worth))
@@ -169,9 +175,14 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     response
 }
 
+/// Whether somebody collects what is told of requests.
+pub(crate) fn is_traced() -> bool {
+    tracing::span_enabled!(tracing::Level::INFO)
+}
+
 /// Names requests that have no name yet: the run of the service, and a number.
 #[derive(Clone)]
-struct Numbers {
+pub(crate) struct Numbers {
     run: Arc<str>,
     next: Arc<AtomicU64>,
 }
@@ -180,12 +191,21 @@ impl Numbers {
     fn of(app: &App) -> Self {
         Self { run: app.id.simple().to_string()[..8].into(), next: Arc::default() }
     }
+
+    pub(crate) fn next(&self) -> Option<HeaderValue> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        // Room for any number, without a string.
+        let mut text = [0; 32];
+        let mut rest = &mut text[..];
+        write!(rest, "{}-{number}", self.run).ok()?;
+        let left = rest.len();
+        HeaderValue::from_bytes(&text[..text.len() - left]).ok()
+    }
 }
 
 impl MakeRequestId for Numbers {
     fn make_request_id<B>(&mut self, _request: &axum::http::Request<B>) -> Option<RequestId> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        Some(RequestId::new(format!("{}-{number}", self.run).parse().ok()?))
+        self.next().map(RequestId::new)
     }
 }
 
@@ -225,13 +245,13 @@ impl Sockets {
     pub(crate) async fn serve(
         &self,
         listener: TcpListener,
-        router: Router,
+        service: Shortcut,
         handle: Handle<SocketAddr>,
     ) -> io::Result<()> {
         listener.set_nonblocking(true)?;
         let limit =
             Limited { inner: NoDelayAcceptor::new(), connections: Arc::new(Semaphore::new(self.max_connections)) };
-        let service = router.into_make_service();
+        let service = ServiceExt::<Request>::into_make_service(service);
         let plain = axum_server::from_tcp(listener)?.handle(handle);
         match &self.tls {
             None => {

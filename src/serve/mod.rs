@@ -3,6 +3,7 @@
 //! ```text
 //! options      what it is told
 //! http         sockets, routes ──→ around: who asks, how long, counted ──→
+//! shortcut     before the routes: a row that is held, and nothing special
 //! rows         a row, rows, a change of one ── directives: how fresh ── table: keys as text, rows as JSON
 //! events       what happens, as it happens
 //! operate      status, explanations, nodes; invalidate, clear
@@ -25,6 +26,7 @@ pub(crate) mod options;
 mod page;
 mod problem;
 mod rows;
+mod shortcut;
 pub(crate) mod table;
 mod telemetry;
 
@@ -179,13 +181,13 @@ impl Listening {
     fn serve(self, app: &Arc<App>) -> Serving {
         let Self { sockets, listeners, addresses } = self;
         let sockets = Arc::new(sockets);
-        let router = http::router(app);
+        let service = http::service(app);
         let mut serving = Serving { addresses, handles: Vec::new(), tasks: JoinSet::new() };
         for listener in listeners {
-            let (handle, sockets, router) = (Handle::new(), Arc::clone(&sockets), router.clone());
+            let (handle, sockets, service) = (Handle::new(), Arc::clone(&sockets), service.clone());
             serving.handles.push(handle.clone());
             serving.tasks.spawn(async move {
-                if let Err(error) = sockets.serve(listener, router, handle).await {
+                if let Err(error) = sockets.serve(listener, service, handle).await {
                     tracing::error!("a socket is not served any more: {error}");
                 }
             });

@@ -12,7 +12,7 @@ use std::{fmt::Write as _, sync::Arc, time::Duration};
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
 };
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -22,6 +22,7 @@ use serde_json::{Map, Value};
 use super::{
     app::App,
     directives::{Directives, TOKEN},
+    http::COMPRESSED_ABOVE,
     problem::Problem,
     table::Served,
 };
@@ -80,9 +81,7 @@ impl From<Traced<JsonRow>> for Answer {
 pub(crate) async fn row(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMap) -> Result<Response, Problem> {
     let (table, key) = row_of(&app, &uri)?;
     // A hit, and nothing special was asked for.
-    if !headers.contains_key(header::CACHE_CONTROL)
-        && !headers.contains_key(&TOKEN)
-        && !headers.contains_key(header::PRAGMA)
+    if !is_special(&headers)
         && let Some(held) = table.table().held(&key)
     {
         return Ok(respond(table, &key, &held.into(), &headers));
@@ -92,6 +91,32 @@ pub(crate) async fn row(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMa
         Ok(answer) => Ok(respond(table, &key, &answer, &headers)),
         Err((problem, status)) => Ok(with_status(problem.into_response(), &status)),
     }
+}
+
+/// The route of [`row`].
+pub(crate) const ROUTE: &str = "/v1/{table}/{key}";
+
+/// What [`row`] answers to who may ask for it, if the row is held and nothing special is asked for. `None` in all other cases.
+pub(crate) fn held<B>(app: &App, request: &axum::http::Request<B>) -> Option<Response> {
+    let (method, uri, headers) = (request.method(), request.uri(), request.headers());
+    let mut names = uri.path().strip_prefix("/v1/")?.split('/');
+    let (_, key) = (names.next()?, names.next()?);
+    if method != Method::GET || key.is_empty() || names.next().is_some() || is_special(headers) {
+        return None;
+    }
+    app.guard.check(method, uri, headers).ok()?;
+    let (table, key) = row_of(app, uri).ok()?;
+    let cache = table.table();
+    // What is worth compressing is compressed elsewhere. The hit counts only once.
+    if headers.contains_key(header::ACCEPT_ENCODING) {
+        cache.peek(&key).row().filter(|row| (row.json.len() as u64) < COMPRESSED_ABOVE)?;
+    }
+    Some(respond(table, &key, &cache.held(&key)?.into(), headers))
+}
+
+/// Whether a request wants anything but what is held.
+fn is_special(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::CACHE_CONTROL) || headers.contains_key(&TOKEN) || headers.contains_key(header::PRAGMA)
 }
 
 /// Several rows, by their keys: those that are not held by one statement.
@@ -385,6 +410,8 @@ fn with_status(mut response: Response, status: &str) -> Response {
 
 fn json(body: Bytes) -> Response {
     let mut response = Response::new(Body::from(body));
+    // For all that follow: growing means to insert them anew.
+    response.headers_mut().reserve(10);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }

@@ -113,12 +113,14 @@ impl Served {
 
     /// Reads a key as it stands in a path or a query: percent-encoded, the parts of a key of several columns apart by commas.
     pub(crate) fn read_key(&self, raw: &str) -> Result<AnyKey, String> {
-        let parts: Vec<&str> = if self.0.key.len() == 1 { vec![raw] } else { raw.split(',').collect() };
-        let decode = |part: &&str| {
+        let decode = |part| {
             let text = percent_encoding::percent_decode_str(part).decode_utf8();
-            text.map(std::borrow::Cow::into_owned).map_err(|_| "it is not UTF-8".to_owned())
+            text.map_err(|_| "it is not UTF-8".to_owned())
         };
-        let parts = parts.iter().map(decode).collect::<Result<Vec<_>, _>>()?;
+        if self.types().len() == 1 {
+            return AnyKey::parse(self.types(), &[decode(raw)?]);
+        }
+        let parts = raw.split(',').map(decode).collect::<Result<Vec<_>, _>>()?;
         AnyKey::parse(self.types(), &parts)
     }
 

@@ -6,8 +6,6 @@
 //! | `simulation` | many real nodes in one thread, with a database, a network and a clock that are not real |
 //! | `torture`, `proxy` | real Postgres, real processes, real faults |
 //! | `history`, `facts`, `checker`, `story` | what happened in a run, whether it was allowed, and why not |
-//! | `transports` | measures what NOTIFY and the change log cost, and how soon nodes know |
-//! | `tier` | measures what a tier costs, and what it spares Postgres |
 //! | `mutants` | takes out one protection after another, and sees that something notices |
 //!
 //! `docs/correctness.md` says what is proved by which of them, and within which bounds.
@@ -22,9 +20,7 @@ pub mod proxy;
 pub mod redis;
 pub mod simulation;
 mod story;
-mod tier;
 mod torture;
-mod transports;
 
 use std::process::ExitCode;
 
@@ -53,12 +49,6 @@ enum Command {
     /// A node of `torture`: a process that it starts, and talks to.
     #[command(hide = true)]
     TortureNode,
-    /// Measures what tracking a table costs its writers, and how soon nodes know: by NOTIFY and by way of the change log.
-    #[command(after_help = transports::HELP)]
-    Transports(transports::Options),
-    /// Measures what a read by way of a tier costs, and what a tier spares Postgres.
-    #[command(after_help = tier::HELP)]
-    Tier(tier::Options),
     /// Runs many nodes in one thread, with a simulated database, network and clock, from a seed.
     Simulate(Simulate),
 }
@@ -79,8 +69,6 @@ impl Cli {
             Command::Mutants(options) => tokio::task::spawn_blocking(move || mutants::run(&options)).await?,
             Command::Torture(options) => torture::torture(&options).await,
             Command::TortureNode => torture::run_node().await,
-            Command::Transports(options) => transports::measure(&options).await,
-            Command::Tier(options) => tier::measure(&options).await,
             Command::Simulate(what) => Ok(tokio::task::spawn_blocking(move || simulation::simulate(&what)).await?),
         }
     }

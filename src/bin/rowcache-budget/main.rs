@@ -26,7 +26,7 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 /// What an entry may take whose row is two numbers. It has 64 bytes more than the bare one, however small its row is.
 const SMALL_ENTRY: f64 = 1.8;
 
-/// Counts the instructions of a hit and the bytes of an entry, beside those of a bare quick_cache, and fails when they exceed a budget.
+/// Counts the instructions of a hit and the bytes of an entry, beside those of the bare store, and fails when they exceed a budget.
 ///
 /// It starts a throw-away Postgres, and needs valgrind. The numbers are those of a release build.
 #[derive(Parser)]

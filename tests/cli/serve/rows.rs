@@ -3,7 +3,7 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::{Service, config, prepare, prepared};
+use super::{Answer, Service, config, prepare, prepared};
 use crate::{
     program::{psql, run},
     support::{database_on, server},
@@ -50,6 +50,34 @@ pg_test! {
         assert!(absent.cache().starts_with("hit; "), "{absent:#?}");
         psql(&db, &["insert into users values (999, 'new')"]).await;
         assert_eq!(service.fresh("/v1/public.users/999").await.row()["name"], "new");
+    }
+
+    /// What is held is answered before the router, if nothing special is asked for; a directive that nobody knows is special.
+    async fn the_short_way_answers_as_the_long_one_does(test: Test) {
+        let db = prepared(test.version).await;
+        psql(&db, &["update users set name = repeat('x', 2000) where id = 2"]).await;
+        let service = Service::start(&db, &["--table", "users"]).await;
+        let asked = [("accept-encoding", "gzip"), ("accept-encoding", "identity"), ("if-none-match", "*"), ("x-request-id", "mine")];
+        for path in ["/v1/public.users/1", "/v1/public.users/2", "/v1/public%2Eusers/1?a=b", "/v1/public.users/999"] {
+            service.get(path).await;
+            for (name, value) in asked {
+                let ask = || service.request(Method::GET, path).header(name, value);
+                let short = service.send(ask()).await;
+                let long = service.send(ask().header("cache-control", "unknown")).await;
+                let told = |answer: &Answer| {
+                    let what = ["content-type", "content-encoding", "content-length", "etag", "vary", "cache-control"];
+                    let mut names: Vec<_> = answer.headers.keys().map(ToString::to_string).collect();
+                    names.sort();
+                    let told = what.map(|name| answer.header(name).to_owned());
+                    (answer.status, answer.body.clone(), names, told, answer.cache().starts_with("hit; ttl="))
+                };
+                assert_eq!(told(&short), told(&long), "{path} {name}: {value}");
+                assert_eq!(short.header("x-request-id") == "mine", value == "mine");
+            }
+        }
+        let status = service.get("/status").await.json();
+        let hits = status["tables"][0]["hits"].as_u64();
+        assert_eq!(hits, Some(4 * 8 + 1), "each is one hit, and of row 1 so is the first by another path: {status}");
     }
 
     async fn keys_of_all_kinds_are_text(test: Test) {
