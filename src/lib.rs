@@ -106,7 +106,7 @@
 //! | `rust_decimal` | keys of `numeric` as `rust_decimal::Decimal`, and values |
 //! | `redis` | a shared tier between the memory of nodes and Postgres: [`Tier`] |
 //! | `test-kit` | module `testing`: nodes without Postgres, for the tests of your service |
-//! | `verify` | the program `rowcache-verify`, which shows that the promise holds, and that what shows it can fail |
+//! | `verify` | the programs `rowcache-verify`, which shows that the promise holds, and that what shows it can fail, and `rowcache-budget` |
 
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -104,6 +104,12 @@ async fn run(mut bench: Bench) -> Result<Bench> {
          and one waking for each session that listens in the database; each node sends a fence a second, which wakes all of them, too; a change by the
          log costs its trigger, and each node polls every 10 ms while changes arrive, and every 50 ms while none do. Loads that were not used for the constants are measured against it.",
     );
+    bench.about(
+        "A session that listens on another channel of the same database is woken all the same: to divide nodes over channels spares nothing, to
+         divide them over databases does. What grows with the square of the nodes are their fences. A relay, one process that listens (or polls) for
+         several nodes and forwards, divides the number of nodes; it pays where the lines of the plot end, and costs its own delay. There is a second
+         limit, which is not one of CPU time: commits that notify come one after the other (suite `writers`).",
+    );
     let further = [("max_connections", "400")];
     let ground = Ground::start_with(&mut bench, &further).await?;
     prepare(&ground).await?;

@@ -134,6 +134,7 @@ pub struct Readers {
 impl Readers {
     pub async fn new(ground: &Ground, variant: Variant, count: usize, known: &Noted) -> Result<Self> {
         let mut readers = Self { nodes: Vec::new(), heard: Arc::default(), listeners: 0, tasks: JoinSet::new() };
+        let mut starting = JoinSet::new();
         for _ in 0..count {
             match variant {
                 Variant::None => {}
@@ -141,19 +142,25 @@ impl Readers {
                 Variant::Log | Variant::Notify | Variant::NotifyAll => {
                     let mut config = ground.config(1)?;
                     config.listen = variant != Variant::Log;
-                    let node = Node::start(config).await.context("a node does not start")?;
-                    let items: Table<i64, Item> = node.table("public.item").await?;
-                    let (mut events, known) = (node.subscribe(), known.clone());
-                    readers.tasks.spawn(async move {
-                        while let Some(event) = events.recv().await {
-                            if let Event::Change(change) = event {
-                                note(&known, change.xid.unwrap_or(1));
-                            }
-                        }
+                    starting.spawn(async {
+                        let node = Node::start(config).await?;
+                        let items: Table<i64, Item> = node.table("public.item").await?;
+                        anyhow::Ok((node, items))
                     });
-                    readers.nodes.push((node, items));
                 }
             }
+        }
+        while let Some(started) = starting.join_next().await {
+            let (node, items) = started?.context("a node does not start")?;
+            let (mut events, known) = (node.subscribe(), known.clone());
+            readers.tasks.spawn(async move {
+                while let Some(event) = events.recv().await {
+                    if let Event::Change(change) = event {
+                        note(&known, change.xid.unwrap_or(1));
+                    }
+                }
+            });
+            readers.nodes.push((node, items));
         }
         Ok(readers)
     }
