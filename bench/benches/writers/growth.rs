@@ -18,21 +18,28 @@ use crate::{
     setup::{self, Variant},
 };
 
-/// Writes so many messages, each in a transaction of its own, while one node polls and trims. A row for each step.
-pub async fn measure(ground: &Ground, messages: usize, step: usize) -> Result<Table> {
+/// Of so many transactions, one writes a message. The log is trimmed by numbers of transactions.
+const EVERY: usize = 4;
+
+/// Makes so many steps of so many transactions each, while one node polls and trims. A row for each step.
+pub async fn measure(ground: &Ground, steps: usize, step: usize) -> Result<Table> {
     let mut table = Table::new(
-        "What the change log holds, while one node polls it and one writer writes as fast as it can, without waiting for flushes.",
-        &["messages written", "messages kept", "MB with indexes", "longest fence meanwhile, ms"],
+        format!(
+            "What the change log holds, while one node polls it. Of {EVERY} transactions one changes a row; none waits for its flush."
+        ),
+        &["transactions", "messages written", "messages kept", "MB with indexes", "longest fence meanwhile, ms"],
     );
     setup::tell(ground, Variant::Log).await?;
     let readers = Readers::new(ground, Variant::Log, 1, &Noted::default()).await?;
     let (node, items) = &readers.nodes[0];
     let (writer, observer) = (ground.client().await?, ground.client().await?);
     writer.batch_execute("set synchronous_commit = off").await?;
+    let messages = step / EVERY;
     let write = format!(
-        "do $$ begin for n in 1..{step} loop update public.item set updated_at = now() where id = n % 1000 + 1; commit; end loop; end $$"
+        "do $$ begin for n in 1..{messages} loop update public.item set updated_at = now() where id = n % 1000 + 1; commit; \
+         for other in 2..{EVERY} loop perform pg_current_xact_id(); commit; end loop; end loop; end $$"
     );
-    for written in (step..=messages).step_by(step) {
+    for n in 1..=steps {
         let mut longest = Duration::ZERO;
         let mut writing = pin!(writer.batch_execute(&write));
         loop {
@@ -53,7 +60,8 @@ pub async fn measure(ground: &Ground, messages: usize, step: usize) -> Result<Ta
         let held = observer.query_one(held, &[]).await?;
         let (kept, bytes) = (held.get::<_, i64>(0), held.get::<_, i64>(1));
         table.row([
-            thousands(written as i64),
+            thousands((n * step) as i64),
+            thousands((n * messages) as i64),
             thousands(kept),
             number(bytes as f64 / 1e6),
             number(longest.as_secs_f64() * 1e3),
@@ -62,7 +70,10 @@ pub async fn measure(ground: &Ground, messages: usize, step: usize) -> Result<Ta
     }
     node.barrier().await?;
     let stats = items.stats();
-    ensure!(stats.invalidations >= messages as u64 || stats.clears > 0, "the node was told of all: {stats:?}");
+    ensure!(
+        stats.invalidations >= (steps * messages) as u64 || stats.clears > 0,
+        "the node was told of all: {stats:?}"
+    );
     readers.end().await;
     Ok(table)
 }
