@@ -297,7 +297,7 @@ pg_test! {
         db.execute("create table other (id bigint primary key); select rowcache.track('other')").await;
         let mut config = Config::from_url(&db.url).expect("a good URL");
         config.pool = config.pool.max_connections(1);
-        config.pool = config.pool.acquire_timeout(Duration::from_millis(100));
+        config.pool = config.pool.acquire_timeout(Duration::from_secs(1));
         config.load_timeout = Duration::from_secs(2);
         let node = Node::start(config).await.expect("starts");
         let users = users(&node).await;
