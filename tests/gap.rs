@@ -297,15 +297,20 @@ pg_test! {
         db.execute("create table other (id bigint primary key); select rowcache.track('other')").await;
         let mut config = Config::from_url(&db.url).expect("a good URL");
         config.pool = config.pool.max_connections(1);
-        config.pool = config.pool.acquire_timeout(Duration::from_secs(1));
-        config.load_timeout = Duration::from_secs(2);
+        config.pool = config.pool.acquire_timeout(Duration::from_millis(300));
+        config.load_timeout = Duration::from_secs(3);
         let node = Node::start(config).await.expect("starts");
         let users = users(&node).await;
         let other: Table<i64, (i64,)> = node.table("other").await.expect("opens");
         let client = db.client().await;
         client.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
         let stuck = { let users = users.clone(); tokio::spawn(async move { users.get(&1).await.map(drop) }) };
-        eventually("the only connection is taken", async || users.stats().queries == 1).await;
+        // A load counts before it has a connection.
+        let waits = "select exists (select from pg_locks where not granted and relation = 'public.users'::regclass)";
+        eventually("the only connection is taken", async || {
+            client.query_one(waits, &[]).await.expect("looks").get(0)
+        })
+        .await;
         let errors = [other.get(&7).await.map(drop), stuck.await.expect("ends")];
         let errors = errors.map(|outcome| outcome.expect_err("nobody gets through"));
         assert!(errors.iter().all(rowcache::Error::is_timeout), "{errors:?}");
