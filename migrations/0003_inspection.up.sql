@@ -30,9 +30,12 @@ $$;
 comment on function rowcache.enums(regclass) is 'Changes when a value of an enum changes that a column is made of';
 
 create or replace function rowcache.fingerprints(names text[]) returns table (name text, fingerprint text)
-  -- plpgsql, so that its plan is kept for the session.
+  -- plpgsql, so that its plan is kept for the session: the one that fits all arguments, since to make one for these takes longer
+  -- than all the rest.
   language plpgsql stable
   set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_generic_plan
+  set jit = off
 as $$
 declare
   one text;

@@ -273,7 +273,7 @@ impl Cache {
 
     pub fn refill(&self, max: usize, loads: &mut Vec<Load>) {
         let mut wanted = Vec::new();
-        for key in self.0.used_before(max) {
+        for (_, key) in self.0.used_before(max) {
             drop(self.0.ask_again(&key, Join::Running, &mut wanted));
         }
         loads.extend(self.0.enqueue(wanted).into_iter().map(Load));

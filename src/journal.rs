@@ -175,10 +175,11 @@ impl<K> Journal<K> {
         pages.events.push_back(page);
         let surplus = pages.events.len().saturating_sub(max);
         pages.first += surplus as u64;
-        // Keys are the user's: they are dropped after the lock.
-        let dropped: Vec<_> = pages.events.drain(..surplus).collect();
+        // Keys are the user's: they are dropped after the lock. There is more than one only when who looked on has gone.
+        let oldest = if surplus > 0 { pages.events.pop_front() } else { None };
+        let dropped: Vec<_> = pages.events.drain(..surplus.saturating_sub(1)).collect();
         drop(pages);
-        drop(dropped);
+        drop((oldest, dropped));
         if watched {
             self.news.notify_waiters();
         }

@@ -63,6 +63,9 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
                 complaint.is_settled();
                 if shared.host.now() > began + shared.config.lease {
                     pauses = self::pauses(shared);
+                    // Nothing says yet that the server is not there. No more than this, so that a fleet does not come back all at once.
+                    tokio::time::sleep(jitter(shared)).await;
+                    continue;
                 }
             }
             // The attempt ended with the node: that is no failure, and nothing is tried again.
@@ -81,19 +84,28 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
     }
 }
 
-/// No pause between two attempts is longer, jitter apart: a node is back soon after its server, and a server that is
-/// starting can refuse one connection per node and second.
+/// No pause between two attempts is longer, jitter apart: a server that is starting can refuse one connection per node and second.
 pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(1);
+const PAUSE_MIN: Duration = Duration::from_millis(20);
 
-/// Pauses between attempts: growing, and with jitter, so that the nodes of a fleet do not come back all at once.
+/// Pauses between attempts: with jitter, so that the nodes of a fleet do not come back all at once; and growing by a twentieth, so that
+/// each is a thirtieth of the time that has been waited for already: a node is back soon after its server, however long that took.
 pub(crate) fn pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
     ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(20))
+        .with_min_delay(PAUSE_MIN)
+        .with_factor(1.05)
         .with_max_delay(PAUSE_MAX)
         .with_jitter()
         .with_jitter_seed(shared.host.random())
         .without_max_times()
         .build()
+}
+
+/// A part of the shortest pause.
+fn jitter(shared: &Shared) -> Duration {
+    #[expect(clippy::cast_possible_truncation, reason = "any bits of it will do")]
+    let fraction = f64::from(shared.host.random() as u32) / f64::from(u32::MAX);
+    PAUSE_MIN.mul_f64(fraction)
 }
 
 /// How long opening a line may take: three connections, and a few statements on each.

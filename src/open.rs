@@ -206,7 +206,7 @@ impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
             let (reload, due) = Reload::new(options.early(), options.on_change == OnChange::Refresh).unzip();
             let store = Store::<K, V>::new(options.bounds(), limits, None);
             let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
-            let store = store.expiring(expiry).reloading(reload).breaking(options.breaker);
+            let store = store.expiring(expiry).reloading(reload).refilling(options.refill).breaking(options.breaker);
             let store = store.journaling(options.history, events_max).admitting(is_tiered);
             let tasks = Tasks { due, refill: options.refill, audit: options.audit };
             Arc::new(Self { store: Arc::new(store), tier, unattached: Mutex::new(Some(tasks)) })

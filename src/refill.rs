@@ -1,13 +1,13 @@
 //! After a gap, reads again the rows that were used most before it, so that callers do not all have to wait for theirs.
 //!
-//! The way in is the one of every load: keys are asked for, and published only if nothing happened meanwhile. One statement
-//! at a time, whatever the number of rows, so that a fleet whose nodes all come back at once asks its database for no more
-//! than one statement per node and table beside what callers want.
+//! The way in is the one of every load: keys are asked for, and published only if nothing happened meanwhile. Two statements
+//! at a time, whatever the number of rows: one is read while the other is executed, and a fleet whose nodes all come back at once asks
+//! its database for no more than that per node and table beside what callers want.
 //!
-//! Keys are sorted. Postgres then reads an index in order, or, as it sees fit, the whole table; either way a batch of the
-//! default size costs it little more than the best that it can do.
+//! The hottest come first, since they are most of what is missed; but by the thousand, and each thousand sorted. Postgres then reads an
+//! index in order, or, as it sees fit, the whole table; either way a batch of the default size costs it little more than the best that it can do.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use tokio::sync::{oneshot, watch};
 
@@ -17,6 +17,7 @@ use crate::{
     shared::{Progress, Shared},
     source::Source,
     store::Store,
+    sync::lock,
 };
 
 /// Waits for gaps to end, until the node stops or the cache is gone.
@@ -43,31 +44,53 @@ pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
         };
         let Some(store) = store.upgrade() else { return };
         let (list, listed) = oneshot::channel();
-        let held = Arc::clone(&store);
-        shared.host.spawn_blocking(Box::new(move || drop(list.send(held.used_before(rows_max)))));
-        let Ok(mut keys) = listed.await else { return };
-        keys.sort_by_cached_key(|key| key.to_parts().iter().map(|part| part.clone().into_owned()).collect::<Vec<_>>());
+        let (held, sorted) = (Arc::clone(&store), SORTED * shared.config.load_keys_max);
+        shared.host.spawn_blocking(Box::new(move || drop(list.send(in_order(held.used_before(rows_max), sorted)))));
+        let Ok(keys) = listed.await else { return };
         let found = keys.len();
-        let refilled = refill(&store, &source, &shared, &progress, gaps, keys).await;
+        let refilled = refill(&store, &source, &shared, &progress, gaps, &keys).await;
         tracing::debug!(found, refilled, "read again what was used most before the gap");
     }
 }
 
-/// Loads these keys in batches, until there is another gap. Returns how many.
+/// So many statements' keys are sorted at a time.
+const SORTED: usize = 8;
+
+/// Keys with their heat, the hottest first, as they are asked for.
+fn in_order<K: Key>(mut keys: Vec<(u32, K)>, sorted: usize) -> Vec<(u32, K)> {
+    for some in keys.chunks_mut(sorted) {
+        some.sort_by_cached_key(|(_, key)| {
+            key.to_parts().iter().map(|part| part.clone().into_owned()).collect::<Vec<_>>()
+        });
+    }
+    keys
+}
+
+/// Loads these keys in batches, until there is another gap, which then has them on its list. Returns how many.
 async fn refill<K: Key, V: Send + Sync + 'static>(
     store: &Arc<Store<K, V>>,
     source: &Arc<dyn Source<K, V>>,
     shared: &Arc<Shared>,
     progress: &watch::Receiver<Progress>,
     gaps: u64,
-    keys: Vec<K>,
+    keys: &[(u32, K)],
 ) -> usize {
-    let mut refilled = 0;
-    for batch in keys.chunks(shared.config.load_keys_max) {
-        if progress.borrow().gaps != gaps || !store.is_coherent() {
-            break;
+    let is_over = || progress.borrow().gaps != gaps || !store.is_coherent();
+    let batches = Mutex::new(keys.chunks(shared.config.load_keys_max));
+    let next = || lock(&batches).next().filter(|_| !is_over());
+    // Two of these: see above.
+    let load = async || {
+        let mut loaded = 0;
+        while let Some(batch) = next() {
+            let keys: Vec<K> = batch.iter().map(|(_, key)| key.clone()).collect();
+            loaded += load::ahead(store, source, shared, &keys).await.loaded;
         }
-        refilled += load::ahead(store, source, shared, batch).await.loaded;
+        loaded
+    };
+    let (one, other) = tokio::join!(load(), load());
+    let refilled = one + other;
+    if is_over() {
+        store.lost_again(keys);
     }
     store.counters.refilled.add(refilled as u64);
     refilled

@@ -10,7 +10,7 @@
 //! `fill.rs` says when a result may be published; this file makes each of its steps atomic for the key.
 //!
 //! **Lock order**: a key's stripe, then `quick_cache`'s shard, then the pins (`held.rs`); or, after the stripe, the index of hashes
-//! (`hashed.rs`), the tickets (`ticket.rs`), or the index of tags (`tags.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
+//! (`hashed.rs`), the tickets (`ticket.rs`), the index of tags (`tags.rs`), or the keys of a gap (`lost.rs`). The queue's lock is held with no other. No code of the user runs under any of them but the key's `Hash`, `Eq` and
 //! `Clone`. Values are dropped after the locks are released.
 //!
 //! The race that a cache must not lose (X1), and the line that closes it:
@@ -112,6 +112,8 @@ pub(crate) struct Store<K, V> {
     admission: Option<Admission>,
     expiry: Expiry<V>,
     reload: Option<Reload<K>>,
+    /// What a refill will ask for beside what is held.
+    lost: Lost<K>,
     /// What happened, for who wants to know.
     pub(crate) journal: Arc<Journal<K>>,
     /// When somebody should look for what has expired.
@@ -166,6 +168,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             admission: None,
             expiry: Expiry::default(),
             reload: None,
+            lost: Lost::new(0),
             journal: Arc::new(Journal::new(0, 0)),
             next_look: std::sync::atomic::AtomicU32::new(0),
             is_audited: false,
@@ -376,17 +379,6 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         Waiter { caller, asked: self.tags().map_or(0, Tags::now) }
     }
 
-    /// The keys of the entries that a gap has put out of service, those used most first, up to this many.
-    pub(crate) fn used_before(&self, max: usize) -> Vec<K> {
-        let word = self.gate.word();
-        let mut keys = self.by_use(|entry| entry.word != word);
-        if keys.len() > max {
-            keys.select_nth_unstable_by_key(max, |(heat, _)| std::cmp::Reverse(*heat));
-            keys.truncate(max);
-        }
-        keys.into_iter().map(|(_, key)| key).collect()
-    }
-
     /// The keys of the rows that are held, those used most first.
     pub(crate) fn used_most(&self) -> Vec<K> {
         let mut keys = self.by_use(|entry| entry.value.is_some() && !self.is_gone(entry));
@@ -395,8 +387,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     }
 
     fn by_use(&self, which: impl Fn(&Arc<Entry<V>>) -> bool) -> Vec<(u32, K)> {
-        let heat = |entry: &Entry<V>| entry.heat.load(std::sync::atomic::Ordering::Relaxed);
-        self.entries.iter().filter(|(_, entry)| which(entry)).map(|(key, entry)| (heat(&entry), key)).collect()
+        self.entries.iter().filter(|(_, entry)| which(entry)).map(|(key, entry)| (lost::heat(&entry), key)).collect()
     }
 
     /// How many rows can be held, at most.
@@ -517,6 +508,9 @@ impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     fn show(&self, word: Word, before: Before) {
         if self.gate.word().is_coherent() {
             self.counters.clears.add(1);
+            if !word.is_coherent() {
+                self.lost.begin();
+            }
         } else if word.is_coherent() {
             self.breaker.reset();
         }
@@ -588,6 +582,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         };
         let dead: Vec<K> = self.entries.iter().filter(|(_, entry)| is_dead(entry)).map(|(key, _)| key).collect();
         for key in dead {
+            self.note_loss(&key);
             let removed = self.entries.remove_if(&key, is_dead);
             if removed.is_some_and(|entry| entry.word == self.gate.word()) {
                 self.counters.expired.add(1);
@@ -612,6 +607,7 @@ mod breaker;
 mod entry;
 mod expiry;
 mod held;
+mod lost;
 mod publish;
 mod reload;
 mod rescue;
@@ -631,6 +627,7 @@ use expiry::Life;
 pub(crate) use expiry::{Expiry, Lifetime};
 pub(crate) use held::Bounds;
 use held::{Held, Removed};
+use lost::Lost;
 pub(crate) use reload::{Due, Early, Reload};
 pub(crate) use rescue::Rescue;
 pub(crate) use runner::{Origin, Runner};

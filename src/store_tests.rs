@@ -151,7 +151,9 @@ fn after_a_gap_the_keys_that_were_used_most_come_first() {
     let gap = fixture.words.fresh(false);
     fixture.store.show(gap, Before::Stale);
     let used = |max| {
-        let mut keys = fixture.store.used_before(max);
+        let keys = fixture.store.used_before(max);
+        assert!(keys.is_sorted_by(|one, other| one.0 >= other.0), "{keys:?}");
+        let mut keys: Vec<i64> = keys.into_iter().map(|(_, key)| key).collect();
         keys.sort_unstable();
         keys
     };
@@ -159,6 +161,50 @@ fn after_a_gap_the_keys_that_were_used_most_come_first() {
         (used(0), used(1), used(2), used(3), used(9)),
         (vec![], vec![3], vec![2, 3], vec![1, 2, 3], vec![1, 2, 3])
     );
+}
+
+#[test]
+fn after_a_gap_the_keys_that_it_took_away_are_known_as_well() {
+    let mut words = Words::default();
+    let limits = Limits { runners_max: 2, batch_max: 3 };
+    let store = Arc::new(Store::new(Bounds::rows::<i64, &str>(100), limits, None).refilling(2));
+    store.show(words.fresh(true), Before::Forgotten);
+    let fixture = Fixture { store, words };
+    let mut words = fixture.words.clone();
+    let used = |max| -> Vec<i64> { fixture.store.used_before(max).into_iter().map(|(_, key)| key).collect() };
+    fixture.hold(&[(1, Some("ada")), (2, Some("bob")), (3, Some("cyd"))]);
+    for key in [1, 1, 3] {
+        for _ in 0..4 * SAMPLED {
+            fixture.store.lookup(&key);
+        }
+    }
+
+    // What is cleared while nothing is wrong is not what a gap has cost.
+    fixture.store.show(words.fresh(true), Before::Forgotten);
+    fixture.store.reclaim();
+    fixture.hold(&[(2, Some("bob")), (3, Some("cyd")), (1, Some("ada"))]);
+    for key in [1, 1, 3] {
+        for _ in 0..4 * SAMPLED {
+            fixture.store.lookup(&key);
+        }
+    }
+    fixture.store.show(words.fresh(false), Before::Stale);
+    // A load that is not published.
+    fixture.hold(&[(1, Some("ada"))]);
+    // A restart of the server.
+    fixture.store.show(words.fresh(false), Before::Forgotten);
+    fixture.store.reclaim();
+    assert_eq!(fixture.store.stats().entries, 0);
+    fixture.store.show(words.fresh(true), Before::Forgotten);
+    assert_eq!(used(2), [1, 3]);
+    assert!(used(2).is_empty(), "they have been asked for");
+
+    // Another gap, before they were loaded, but for one.
+    fixture.hold(&[(3, Some("cyd"))]);
+    fixture.store.show(words.fresh(false), Before::Stale);
+    fixture.store.lost_again(&[(9, 1), (5, 3)]);
+    fixture.store.show(words.fresh(true), Before::Forgotten);
+    assert_eq!(used(9), [1, 3], "each once");
 }
 
 #[test]

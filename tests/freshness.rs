@@ -12,7 +12,7 @@ use rowcache::cli::temp_server::Stop;
 use rowcache::{Config, Event, Fallback, Freshness, Lookup, Node, Table, TableOptions, Token};
 
 use crate::{
-    fixture::{User, Users, event, hasty, name, node, users, users_db, users_server},
+    fixture::{User, Users, event, hasty, name, node, users, users_db, users_server, waits_for_users},
     support::{
         self, TestDb, eventually,
         proxy::{Close, Direction, Flow, Proxy},
@@ -411,6 +411,38 @@ pg_test! {
         db.execute("update public.users set name = 'seen' where id = 4").await;
         node.barrier().await.expect("coherent");
         assert_eq!(name(&users, 4).await.as_deref(), Some("seen"));
+    }
+
+    async fn what_was_read_in_a_gap_is_read_again_after_it_or_after_the_next_one(test: Test) {
+        test.logs.allow(LOST);
+        test.logs.allow(AGAIN);
+        let db = users_db(test.version).await;
+        let (node, users, mut proxy) = without_line(&db, TableOptions::default().refill(5)).await;
+        let ids: Vec<i64> = (1..=5).collect();
+        let held = || ids.iter().filter(|id| users.peek(id).is_known()).count();
+        let mut events = node.subscribe();
+        for _ in 0..2 {
+            assert_eq!(users.get_many(&ids).await.expect("loads").len(), 5);
+            assert_eq!(held(), 0, "in a gap");
+            proxy.accept().await;
+            event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+            eventually("the rows are back", async || held() == 5).await;
+            proxy.refuse().await;
+            proxy.close_all(Close::Rst).await;
+            event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        }
+        // They are being read when the next gap comes.
+        users.get_many(&ids).await.expect("loads");
+        let locker = db.client().await;
+        locker.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
+        proxy.accept().await;
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        waits_for_users(&db).await;
+        proxy.close_all(Close::Rst).await;
+        event(&mut events, "a gap", |event| matches!(event, Event::Gap(_))).await;
+        locker.batch_execute("rollback").await.expect("unlocks");
+        event(&mut events, "coherent again", |event| matches!(event, Event::Coherent)).await;
+        eventually("the rows are back", async || held() == 5).await;
     }
 
     async fn reads_of_a_table_in_doubt_fail_if_the_table_says_so(test: Test) {

@@ -13,7 +13,7 @@ use rowcache::cli::temp_server::{Stop, TempServer};
 use rowcache::{Config, Event, Lookup, Node, Reason, Status, Table};
 
 use crate::{
-    fixture::{self, event, gap_and_recovery, hasty, name, node, users, users_db, users_server},
+    fixture::{self, event, gap_and_recovery, hasty, name, node, users, users_db, users_server, waits_for_users},
     support::{
         self, eventually,
         proxy::{Close, Proxy},
@@ -147,11 +147,7 @@ pg_test! {
         let client = db.client().await;
         client.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
         let busy = { let users = users.clone(); tokio::spawn(async move { users.get(&7).await.map(drop) }) };
-        eventually("the load waits for the lock", async || {
-            let waiting = "select count(*) from pg_locks where not granted and relation = 'public.users'::regclass";
-            client.query_one(waiting, &[]).await.expect("counts").get::<_, i64>(0) == 1
-        })
-        .await;
+        waits_for_users(&db).await;
         to_pool.retarget(promoted.port);
         to_listener.retarget(promoted.port);
         to_listener.close_all(Close::Rst).await;
@@ -306,11 +302,7 @@ pg_test! {
         client.batch_execute("begin; lock table public.users in access exclusive mode").await.expect("locks");
         let stuck = { let users = users.clone(); tokio::spawn(async move { users.get(&1).await.map(drop) }) };
         // A load counts before it has a connection.
-        let waits = "select exists (select from pg_locks where not granted and relation = 'public.users'::regclass)";
-        eventually("the only connection is taken", async || {
-            client.query_one(waits, &[]).await.expect("looks").get(0)
-        })
-        .await;
+        waits_for_users(&db).await;
         let errors = [other.get(&7).await.map(drop), stuck.await.expect("ends")];
         let errors = errors.map(|outcome| outcome.expect_err("nobody gets through"));
         assert!(errors.iter().all(rowcache::Error::is_timeout), "{errors:?}");

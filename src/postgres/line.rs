@@ -177,50 +177,35 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
             }
         }
     };
-    let received = move |message| hear.received(message);
-    let mut tasks = Vec::with_capacity(2);
-    let mut incarnation = None;
-    let (mut listener, mut listener_pid) = (None, None);
-    if config.listen {
-        let (client, listening) = connect(config, "listener", received, lost.clone()).await?;
-        tasks.push(listening);
-        let (pid, prepared) = prepare(&client).await?;
-        (listener_pid, incarnation) = (Some(pid), Some(prepared));
-        let asked = if config.answers { format!("; listen {}", fleet::CHANNEL) } else { String::new() };
-        let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"{asked}");
-        client.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
-        listener = Some(client);
-    }
-
-    let (control, sending) = connect(config, "control", |_| {}, lost).await?;
-    tasks.push(sending);
-    let mut fence = None;
-    if !config.pooler {
-        let set = format!("{SETTINGS}; set lock_timeout = {}", lock_timeout(config));
-        let failed = |error| setup_error("setting up the control session failed", error);
-        control.batch_execute(&set).await.map_err(failed)?;
-    }
-    if config.listen {
-        let failed = |error| setup_error("preparing the fence failed", error);
-        fence = Some(control.prepare_typed(FENCE, &[Type::TEXT, Type::TEXT]).await.map_err(failed)?);
-    }
-    let (prepared, checks) = (!config.pooler, "the check of triggers");
-    let fingerprints = Ask::new(&control, prepared, FINGERPRINTS, &[Type::TEXT_ARRAY], checks).await?;
-    let describe = Ask::new(&control, prepared, DESCRIBE, &[Type::TEXT], checks).await?;
-    let poll_types = &[Type::TEXT, Type::TEXT_ARRAY, Type::TEXT_ARRAY];
-    let poll = Ask::new(&control, prepared, POLL, poll_types, "the poll of the change log").await?;
-    let (incarnation, standby) = match incarnation {
-        Some(incarnation) => (incarnation, false),
+    // Together, since nothing is asked of the second session before both are there.
+    let (listener, control) = tokio::join!(
+        async {
+            if config.listen { Ok(Some(listen(config, own_channel, hear, lost.clone()).await?)) } else { Ok(None) }
+        },
+        control(config, lost.clone()),
+    );
+    // Where both say what is in the way, the first one knows better.
+    let (listener, (control, sending)) = (listener?, control?);
+    let (fence, (fingerprints, describe, poll)) =
+        tokio::try_join!(prepare_fence(config, &control), prepare_asks(config, &control))?;
+    let (incarnation, standby) = match &listener {
+        Some(listener) => (listener.incarnation, false),
         None => look_around(&control).await?,
     };
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
+    let mut tasks = vec![sending];
+    let (mut client, mut listener_pid) = (None, None);
+    if let Some(listener) = listener {
+        (client, listener_pid) = (Some(listener.client), Some(listener.pid));
+        tasks.push(listener.task);
+    }
     Ok(Sessions {
         incarnation,
         standby,
         control,
-        _listener: listener,
+        _listener: client,
         listener_pid,
         phase,
         fence,
@@ -229,6 +214,63 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
         poll,
         tasks,
     })
+}
+
+/// A session that listens.
+struct Listener {
+    client: Client,
+    pid: i32,
+    incarnation: Incarnation,
+    task: JoinHandle<()>,
+}
+
+async fn listen(
+    config: &Config,
+    own_channel: &str,
+    hear: Arc<dyn Hear>,
+    lost: impl FnOnce(String) + Send + 'static,
+) -> Result<Listener> {
+    let (client, task) = connect(config, "listener", move |message| hear.received(message), lost).await?;
+    let (pid, incarnation) = prepare(&client).await?;
+    let asked = if config.answers { format!("; listen {}", fleet::CHANNEL) } else { String::new() };
+    let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"{asked}");
+    client.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
+    Ok(Listener { client, pid, incarnation, task })
+}
+
+/// The session that sends fences and polls the change log.
+async fn control(config: &Config, lost: impl FnOnce(String) + Send + 'static) -> Result<(Client, JoinHandle<()>)> {
+    let (control, sending) = connect(config, "control", |_| {}, lost).await?;
+    if !config.pooler {
+        let set = format!("{SETTINGS}; set lock_timeout = {}", lock_timeout(config));
+        let failed = |error| setup_error("setting up the control session failed", error);
+        control.batch_execute(&set).await.map_err(failed)?;
+    }
+    Ok((control, sending))
+}
+
+async fn prepare_fence(config: &Config, control: &Client) -> Result<Option<Statement>> {
+    if !config.listen {
+        return Ok(None);
+    }
+    let failed = |error| setup_error("preparing the fence failed", error);
+    control.prepare_typed(FENCE, &[Type::TEXT, Type::TEXT]).await.map(Some).map_err(failed)
+}
+
+/// What is asked about triggers, twice, and of the change log.
+async fn prepare_asks(config: &Config, control: &Client) -> Result<(Ask, Ask, Ask)> {
+    let (prepared, checks) = (!config.pooler, "the check of triggers");
+    tokio::try_join!(
+        Ask::new(control, prepared, FINGERPRINTS, &[Type::TEXT_ARRAY], checks),
+        Ask::new(control, prepared, DESCRIBE, &[Type::TEXT], checks),
+        Ask::new(
+            control,
+            prepared,
+            POLL,
+            &[Type::TEXT, Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+            "the poll of the change log"
+        ),
+    )
 }
 
 /// For a node that does not listen: which server it is on, and whether that is a standby. Changes nothing of the session, which may
@@ -346,23 +388,20 @@ where
 
 /// Checks that this session can be a listener, and learns its process id, and which server it is on. All before LISTEN.
 async fn prepare(listener: &Client) -> Result<(i32, Incarnation)> {
-    let row = listener
-        .query_one("select pg_is_in_recovery(), pg_backend_pid()", &[])
-        .await
-        .map_err(|error| setup_error("setting up the LISTEN session failed", error))?;
+    let setup = |error| setup_error("setting up the LISTEN session failed", error);
+    let row = listener.query_typed_one("select pg_is_in_recovery(), pg_backend_pid()", &[]).await.map_err(setup)?;
     if row.get(0) {
         return Err(Error::new(
             Kind::Standby,
             "the listener reached a standby, where Postgres does not allow LISTEN; connect it to the primary",
         ));
     }
-    let setup = |error| setup_error("setting up the LISTEN session failed", error);
     listener.batch_execute(SETTINGS).await.map_err(setup)?;
-    check_version(listener.query_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0))?;
+    check_version(listener.query_typed_one("select rowcache.schema_version()", &[]).await.map_err(setup)?.get(0))?;
     // A notification queue that was full stays so until somebody looks at it (`tests/faults/queue.rs`): whoever fails to send
     // makes no room. Our fences fail then, too, which ends the line and leads here.
     listener.batch_execute("select pg_notification_queue_usage(), rowcache.incarnation()").await.map_err(setup)?;
-    let stamp = listener.query_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
+    let stamp = listener.query_typed_one("select canary, started from rowcache.stamp", &[]).await.map_err(setup)?;
     Ok((row.get(1), read_incarnation(&stamp)?))
 }
 

@@ -91,15 +91,14 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
     }
 
     pub(super) fn remove(&self, key: &K) -> Removed<K, V> {
-        let [row, absent] = [&self.rows, &self.absent].map(|shelf| shelf.remove(key).map(|(_, entry)| entry));
-        Removed { other: row.or(absent), ..Removed::default() }
+        let removed = self.rows.remove(key).or_else(|| self.absent.remove(key));
+        Removed { other: removed.map(|(_, entry)| entry), ..Removed::default() }
     }
 
     /// Reclaims the entry of `key` if it is of that kind.
     pub(super) fn remove_if(&self, key: &K, is_dead: impl Fn(&Arc<Entry<V>>) -> bool) -> Option<Arc<Entry<V>>> {
-        let [row, absent] =
-            [&self.rows, &self.absent].map(|shelf| shelf.remove_if(key, &is_dead).map(|(_, entry)| entry));
-        row.or(absent)
+        let removed = self.rows.remove_if(key, &is_dead).or_else(|| self.absent.remove_if(key, &is_dead));
+        removed.map(|(_, entry)| entry)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (K, Arc<Entry<V>>)> + '_ {

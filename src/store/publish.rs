@@ -74,6 +74,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             }
             if !published {
                 // What a gap put out of service is older than what is returned here, and must not be served after it.
+                self.note_loss(key);
                 removed = self.entries.remove(key);
             }
             Answer { entry, read: origin.stamp.incarnation }

@@ -321,8 +321,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "listen-first",
         protection: "LISTEN has returned before the epoch begins (X7)",
         file: "src/postgres/line.rs",
-        text: "        client.batch_execute(&listen).await.map_err(|error| setup_error(\"LISTEN failed\", error))?;\n",
-        instead: "        let _ = listen;\n",
+        text: "    client.batch_execute(&listen).await.map_err(|error| setup_error(\"LISTEN failed\", error))?;\n",
+        instead: "    let _ = listen;\n",
         catchers: &[Test("read_through", "a_change_by_anybody")],
     },
     Mutant {
