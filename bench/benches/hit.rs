@@ -1,5 +1,8 @@
 //! What a hit costs, beside other caches in memory, a Redis and the database.
 
+#[path = "../../src/bin/rowcache-budget/hit.rs"]
+mod instructions;
+
 use std::{
     fmt::Debug,
     hash::Hash,
@@ -39,6 +42,10 @@ fn main() -> ExitCode {
 }
 
 async fn run(mut bench: Bench) -> Result<Bench> {
+    if let [variant, url] = &bench.options.child[..] {
+        instructions::run(variant, url).await?;
+        return Ok(bench);
+    }
     bench.about(
         "Rows are held as `Arc<User>` (a number and three strings) and handed out as that, but for hydracache, which keeps them encoded and
          decodes them for each reader. Every read is a hit. Each cache has its own defaults, room for twice the rows, and no expiry, but for
@@ -67,6 +74,7 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     ground.users(few).await?;
     options(&mut bench, &ground, few).await?;
     network(&mut bench, &ground, few).await?;
+    count(&mut bench, &ground).await?;
     Ok(bench)
 }
 
@@ -298,6 +306,35 @@ async fn options(bench: &mut Bench, ground: &Ground, rows: usize) -> Result<()> 
     for node in nodes {
         node.shutdown().await;
     }
+    Ok(())
+}
+
+/// The instructions of a hit, which are the same each time.
+async fn count(bench: &mut Bench, ground: &Ground) -> Result<()> {
+    ground.client().await?.batch_execute(instructions::TABLE).await?;
+    let mut table = report::Table::new(
+        "Instructions of a hit, counted by callgrind: 10,000 rows, bigint keys, Zipf, one thread.",
+        &["", "instructions", "of the bare `get`'s"],
+    );
+    let mut bare = None;
+    for (variant, budget) in instructions::VARIANTS {
+        let url = ground.url();
+        let counted = tokio::task::spawn_blocking(move || instructions::instructions(&["--child", variant, &url]));
+        let counted = counted.await??;
+        let ratio = counted / *bare.get_or_insert(counted);
+        let named = match variant {
+            "bare" => BARE.to_owned(),
+            "try_get" => TRY_GET.to_owned(),
+            "get" => GET.to_owned(),
+            option => format!("{GET} with `{option}`"),
+        };
+        if let Some(budget) = budget {
+            let what = format!("instructions of {named}");
+            bench.ratio(Ratio::cost(what, BARE, Spread::exact(ratio)).target(budget));
+        }
+        table.row([named, number(counted), number(ratio)]);
+    }
+    bench.table(table);
     Ok(())
 }
 

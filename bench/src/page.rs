@@ -25,21 +25,45 @@ pub(crate) fn write(directory: &Path, reports: &[Report]) -> Result<()> {
     fs::write(&path, page).with_context(|| format!("{} cannot be written", path.display()))
 }
 
+/// A row for each target. What is measured in several settings is named by what comes before the first comma.
 fn targets(reports: &[Report]) -> String {
     let mut table = Table::new("", &["", "as a multiple of", "target", "measured", ""]);
     for report in reports {
-        for ratio in &report.ratios {
-            let Some(met) = ratio.met() else { continue };
+        let with_target = || report.ratios.iter().filter(|ratio| ratio.target.is_some());
+        let is_like = |one: &Ratio, other: &Ratio| {
+            headline(one) == headline(other) && one.to == other.to && one.target == other.target
+        };
+        for (n, first) in with_target().enumerate() {
+            if with_target().take(n).any(|before| is_like(before, first)) {
+                continue;
+            }
+            let all: Vec<&Ratio> = with_target().filter(|ratio| is_like(ratio, first)).collect();
+            let met = all.iter().filter(|ratio| ratio.met() == Some(true)).count();
+            let (what, measured, verdict) = if let [only] = all[..] {
+                (only.what.as_str(), only.value.to_string(), if met == 1 { "met" } else { "**missed**" }.to_owned())
+            } else {
+                let medians = all.iter().map(|ratio| ratio.value.median);
+                let (low, high) = medians.fold((f64::MAX, f64::MIN), |(low, high), it| (low.min(it), high.max(it)));
+                let verdict = match all.len() - met {
+                    0 => "met".to_owned(),
+                    missed => format!("**missed** in {missed} of {}", all.len()),
+                };
+                (headline(first), format!("{} to {}, {} settings", number(low), number(high), all.len()), verdict)
+            };
             table.row([
-                format!("[{}](#{}): {}", report.name, anchor(&report.title), ratio.what),
-                ratio.to.clone(),
-                target(ratio),
-                ratio.value.to_string(),
-                if met { "met" } else { "**missed**" }.to_owned(),
+                format!("[{}](#{}): {what}", report.name, anchor(&report.title)),
+                first.to.clone(),
+                target(first),
+                measured,
+                verdict,
             ]);
         }
     }
     format!("\n## Targets\n{}", markdown(&table))
+}
+
+fn headline(ratio: &Ratio) -> &str {
+    ratio.what.split_once(',').map_or(&ratio.what, |(headline, _)| headline)
 }
 
 fn target(ratio: &Ratio) -> String {

@@ -71,6 +71,9 @@ impl Axis {
     }
 
     fn label(self, at: f64) -> String {
+        if self.log && (at - at.round()).abs() > 0.01 {
+            return String::new();
+        }
         let text = number(if self.log { 10_f64.powf(at) } else { at });
         if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
     }

@@ -4,7 +4,7 @@
 //! used most, since a load that is not published takes away what was held (I2); nor what a clear has left when its memory is
 //! reclaimed, which is everything after a restart of the server.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, collections::HashSet};
 
 use super::{Entry, Key, Store};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
@@ -73,8 +73,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     pub(crate) fn used_before(&self, max: usize) -> Vec<(u32, K)> {
         let word = self.gate.word();
         let mut keys = self.by_use(|entry| entry.word != word);
-        // After the look at what is held: see `Lost::note`.
-        keys.extend(self.lost.take());
+        // After the look at what is held: see `Lost::note`. What was taken away in between is in both.
+        let lost = self.lost.take();
+        if !lost.is_empty() {
+            keys.extend(lost);
+            let mut seen = HashSet::with_capacity(keys.len());
+            keys.retain(|(_, key)| seen.insert(key.clone()));
+        }
         hottest(&mut keys, max);
         keys.sort_unstable_by_key(|(heat, _)| Reverse(*heat));
         keys

@@ -44,8 +44,8 @@ struct User {
 
 /// The table that is read. `id` is its key.
 pub const TABLE: &str =
-    "create table users as select n as id, 'user ' || n as name from generate_series(1::bigint, 10000) n;
-    alter table users add primary key (id); select rowcache.track('users')";
+    "create table counted as select n as id, 'user ' || n as name from generate_series(1::bigint, 10000) n;
+    alter table counted add primary key (id); select rowcache.track('counted')";
 
 /// Instructions per read of one variant: those that are executed inside of the function `measured_…`. This program is started under
 /// callgrind, with arguments that have it call [`run`].
@@ -102,7 +102,7 @@ async fn open(url: &str, variant: &str) -> Result<(Node, Table<i64, User>)> {
         "audit" => options.audit(10),
         _ => options,
     };
-    let users: Table<i64, User> = node.table_with("users", options).await?;
+    let users: Table<i64, User> = node.table_with("counted", options).await?;
     let keys: Vec<i64> = (1..=ROWS).collect();
     ensure!(users.get_many(&keys).await?.iter().flatten().count() == keys.len(), "every row is there");
     Ok((node, users))

@@ -521,8 +521,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "remove-absent",
         protection: "an invalidation removes absent entries as well (I1)",
         file: "src/store/held.rs",
-        text: "let [row, absent] = [&self.rows, &self.absent].map(|shelf| shelf.remove(key).map(|(_, entry)| entry));",
-        instead: "let [row, absent] = [self.rows.remove(key).map(|(_, entry)| entry), self.absent.peek(key)];",
+        text: "self.rows.remove(key).or_else(|| self.absent.remove(key))",
+        instead: "self.rows.remove(key)",
         catchers: &[Unit("absent_rows_are_held"), Simulation("20")],
     },
     Mutant {
