@@ -33,9 +33,9 @@ pub struct Config {
     pub pool_connect: PgConnectOptions,
     /// The pool's size and time limits. The pool is the node's own, and nobody else's code runs on its connections:
     /// one that was left inside a transaction could load from an old snapshot. That is noticed, and nothing is kept then,
-    /// unless the sessions' default isolation is above `read committed`: hooks must leave no transaction open. Default: at
-    /// most 5 connections, [`loads_max`](Self::loads_max) and one for notifications, none of them held while idle for
-    /// long.
+    /// unless the sessions' default isolation is above `read committed`: hooks must leave no transaction open, and are
+    /// not called between two loads that follow each other within 10 ms. Default: at most 5 connections,
+    /// [`loads_max`](Self::loads_max) and one for notifications, none of them held while idle for long.
     pub pool: PgPoolOptions,
     /// The connections of [`Node::begin`](crate::Node::begin), opened when they are wanted. They are apart from those that
     /// load, and go where [`pool_connect`](Self::pool_connect) says. Default: at most 5.

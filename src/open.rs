@@ -117,6 +117,7 @@ impl Opener {
         let judge = Arc::clone(&self.shared);
         Access {
             pool: self.postgres.pool.clone(),
+            kept: Arc::clone(&self.postgres.kept),
             pooler: config.pooler,
             timeout: options.load_timeout.unwrap_or(config.load_timeout),
             standby: Arc::clone(&self.postgres.standby),

@@ -43,6 +43,14 @@ async fn unplug(proxy: &mut Proxy) {
     proxy.close_all(Close::Rst).await;
 }
 
+/// How many connections have been used by whatever this does.
+async fn used(proxy: &Proxy, what: impl AsyncFnOnce()) -> usize {
+    let sent = || proxy.connections().iter().map(|connection| connection.bytes(Direction::Up)).collect::<Vec<_>>();
+    let before = sent();
+    what().await;
+    sent().iter().enumerate().filter(|(n, sent)| before.get(*n) != Some(sent)).count()
+}
+
 pg_test! {
     async fn what_has_expired_answers_when_a_load_fails(test: Test) {
         let db = users_db(test.version).await;
@@ -177,5 +185,49 @@ pg_test! {
         proxy.accept().await;
         gap_and_recovery(&mut events).await;
         assert_eq!(name(&users, 1).await.as_deref(), Some("user 1"));
+    }
+
+    // sqlx tries each connection that is given back to it, and another one would have to be used meanwhile.
+    async fn loads_that_follow_each_other_take_one_connection(test: Test) {
+        let db = users_db(test.version).await;
+        let (proxy, node) = loads_by_proxy(&db).await;
+        let users = open(&node, TableOptions::default()).await;
+        name(&users, 1).await;
+        proxy.set(Direction::Down, Flow::Delay(Duration::from_millis(20)));
+        // Unless this thread was held up for so long that the connection was given back.
+        eventually("one connection was enough", async || {
+            users.forget_all();
+            let three = async || {
+                for id in 1..=3 {
+                    name(&users, id).await;
+                }
+            };
+            used(&proxy, three).await == 1
+        })
+        .await;
+    }
+
+    async fn a_connection_is_not_kept_from_who_waits_for_one(test: Test) {
+        let db = users_db(test.version).await;
+        let mut config = Config::from_url(&db.url).expect("a good URL");
+        config.pool = config.pool.max_connections(2);
+        let node = Node::start(config).await.expect("starts");
+        let users = open(&node, TableOptions::default()).await;
+        let loaders: Vec<_> = (1..=4)
+            .map(|id| {
+                let users = users.clone();
+                tokio::spawn(async move {
+                    loop {
+                        users.forget(&id);
+                        name(&users, id).await;
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..20 {
+            users.invalidate(&7).await.expect("gets a connection");
+        }
+        loaders.iter().for_each(tokio::task::JoinHandle::abort);
+        node.shutdown().await;
     }
 }

@@ -23,7 +23,8 @@ use tokio::task::JoinSet;
 use tokio_postgres::{Client, Statement};
 
 const SELECT: &str = "select id, email, name, role from public.users where id = $1";
-const WAYS: [&str; 3] = ["rowcache `get`", "sqlx, a pool of 5", "tokio-postgres, pipelined"];
+const WAYS: [&str; 4] =
+    ["rowcache `get`", "sqlx, a pool like the node's", "tokio-postgres, pipelined", "sqlx, a pool with its defaults"];
 
 fn main() -> ExitCode {
     suite::main("miss", "A miss", run)
@@ -56,7 +57,8 @@ impl Way {
 async fn run(mut bench: Bench) -> Result<Bench> {
     bench.about(
         "So many tasks read rows by key, each task one after the other, and none that were read before: every read of rowcache is a miss. The
-         node has its defaults (four statements at a time, of at most 512 keys). The sqlx pool has as many connections as the node's. The
+         node has its defaults (four statements at a time, of at most 512 keys). sqlx's pools have as many connections as the node's. By default they
+         test each connection before it is used, which is one more round trip; the node's does so only if a connection was idle for a second. The
          pipeline is one connection of tokio-postgres, on which all tasks send their queries without waiting for one another. Loads of
          rowcache also read the snapshot that they were made in, and check it.",
     );
@@ -66,10 +68,11 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     let node = ground.node(5).await?;
     let users: Table<i64, User> =
         node.table_with("public.users", TableOptions::default().capacity(rows * 2).history(0)).await?;
+    let like_ours = ground.config(5)?.pool.connect(&ground.url()).await?;
     let pool = ground.pool(5).await?;
     let client = Arc::new(ground.client().await?);
     let statement = client.prepare(SELECT).await?;
-    let ways = [Way::Ours(users.clone()), Way::Pool(pool), Way::Pipeline(client, statement)];
+    let ways = [Way::Ours(users.clone()), Way::Pool(like_ours), Way::Pipeline(client, statement), Way::Pool(pool)];
 
     let mut ids: Vec<i64> = (1..=rows as i64).collect();
     ids.shuffle(&mut StdRng::seed_from_u64(7));
@@ -82,7 +85,7 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     let mut lines: Vec<(String, Vec<(f64, f64)>)> = WAYS.iter().map(|way| (way.replace('`', ""), Vec::new())).collect();
     for tasks in [1, 16, 64, 512] {
         let reads = bench.size(if tasks == 1 { 2000 } else { 12_000 }, 600);
-        let times: [Arc<std::sync::Mutex<Vec<f64>>>; 3] = Default::default();
+        let times: [Arc<std::sync::Mutex<Vec<f64>>>; 4] = Default::default();
         let turns = Turns::wait(bench.rounds(9), ways.len(), |n| {
             let (way, ids, next, users, times) =
                 (ways[n].clone(), ids.clone(), next.clone(), users.clone(), times[n].clone());
@@ -123,6 +126,7 @@ async fn run(mut bench: Bench) -> Result<Bench> {
         if tasks == 1 {
             bench.ratio(Ratio::cost("latency of a miss, 1 task", WAYS[1], turns.ratio(0, 1)).target(1.15));
             bench.ratio(Ratio::cost("latency of a miss, 1 task", WAYS[2], turns.ratio(0, 2)));
+            bench.ratio(Ratio::cost("latency of a miss, 1 task", WAYS[3], turns.ratio(0, 3)));
         } else {
             let mut sqlx = Ratio::gain(format!("rows a second, {tasks} tasks"), WAYS[1], turns.ratio(1, 0));
             let mut pipeline = Ratio::gain(format!("rows a second, {tasks} tasks"), WAYS[2], turns.ratio(2, 0));
@@ -131,6 +135,7 @@ async fn run(mut bench: Bench) -> Result<Bench> {
             }
             bench.ratio(sqlx);
             bench.ratio(pipeline);
+            bench.ratio(Ratio::gain(format!("rows a second, {tasks} tasks"), WAYS[3], turns.ratio(3, 0)));
         }
     }
     bench.table(table);

@@ -12,13 +12,14 @@ use tokio::time::{Instant, timeout_at};
 use crate::{
     coherence::Incarnation,
     error::{Error, Kind, Result},
-    postgres::{database_error, is_connection_error, lent::Lent},
+    postgres::{database_error, is_connection_error, kept::Kept},
     source::in_time,
 };
 
 /// The pool, and how it is asked.
 pub(crate) struct Access {
     pub(crate) pool: PgPool,
+    pub(crate) kept: Arc<Kept>,
     /// A pooler in transaction mode stands in between.
     pub(crate) pooler: bool,
     pub(crate) timeout: Duration,
@@ -64,7 +65,7 @@ impl Access {
         // What ends one connection may have ended all that the pool has. The next one is new.
         let mut tries_left = self.pool.options().get_max_connections();
         loop {
-            let mut connection = match timeout_at(deadline, Lent::acquire(&self.pool)).await {
+            let mut connection = match timeout_at(deadline, self.kept.acquire()).await {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(sqlx::Error::PoolTimedOut)) | Err(_) => return Err(self.no_connection(&attempt.of())),
                 Ok(Err(error)) if is_connection_error(&error) && tries_left > 0 => {
@@ -76,7 +77,7 @@ impl Access {
             match in_time(deadline, attempt.run(&mut connection)).await {
                 Some(Ok(answer)) => {
                     if (self.ours)(A::answered_by(&answer)) {
-                        connection.give_back();
+                        self.kept.give_back(connection);
                         return Ok(answer);
                     }
                     // To a server that was replaced, perhaps, and dropped: another one may lead to the right one.

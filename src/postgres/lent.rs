@@ -15,16 +15,20 @@ use tokio::time::timeout;
 const ANSWER: Duration = Duration::from_secs(1);
 
 /// A connection of the pool. Closed when it is dropped, also by a future that is cancelled, unless it was given back.
-pub(crate) struct Lent(Option<PoolConnection<Postgres>>);
+pub(crate) struct Lent {
+    connection: Option<PoolConnection<Postgres>>,
+    /// How many loads it has served since it was taken from the pool.
+    pub(crate) loads: u32,
+}
 
 impl Lent {
     pub(crate) async fn acquire(pool: &PgPool) -> sqlx::Result<Self> {
-        pool.acquire().await.map(Some).map(Self)
+        Ok(Self { connection: Some(pool.acquire().await?), loads: 0 })
     }
 
     /// Takes the connection back into the pool, unless it does not answer soon.
     pub(crate) fn give_back(mut self) {
-        if let Some(mut connection) = self.0.take() {
+        if let Some(mut connection) = self.connection.take() {
             tokio::spawn(timeout(ANSWER, connection.return_to_pool()));
         }
     }
@@ -32,7 +36,7 @@ impl Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
+        if let Some(connection) = self.connection.take() {
             drop(connection.detach());
         }
     }
@@ -42,12 +46,12 @@ impl Deref for Lent {
     type Target = PoolConnection<Postgres>;
 
     fn deref(&self) -> &Self::Target {
-        self.0.as_ref().expect("taken by nothing but `give_back` and `drop`")
+        self.connection.as_ref().expect("taken by nothing but `give_back` and `drop`")
     }
 }
 
 impl DerefMut for Lent {
     fn deref_mut(&mut self) -> &mut Self::Target {
-        self.0.as_mut().expect("taken by nothing but `give_back` and `drop`")
+        self.connection.as_mut().expect("taken by nothing but `give_back` and `drop`")
     }
 }

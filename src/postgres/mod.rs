@@ -9,6 +9,7 @@ mod hosts;
 pub mod install;
 #[cfg(feature = "serve")]
 pub(crate) mod json_rows;
+pub(crate) mod kept;
 mod keys;
 pub(crate) mod lent;
 pub(crate) mod line;

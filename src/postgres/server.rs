@@ -23,6 +23,7 @@ use crate::{
     fleet::{FleetNode, answer_channel},
     postgres::{
         database_error, fleet, has_code, is_connection_error,
+        kept::Kept,
         lent::Lent,
         line::{self, FENCE},
     },
@@ -35,6 +36,8 @@ pub(crate) struct Postgres {
     config: Config,
     /// Connections that load, and nothing else (X31).
     pub(crate) pool: PgPool,
+    /// Those of them that wait for the next load.
+    pub(crate) kept: Arc<Kept>,
     /// Connections of [`Transaction`](crate::Transaction)s, on which code of the user runs.
     pub(crate) writes: PgPool,
     /// Whether the last line is on a standby.
@@ -57,7 +60,7 @@ impl Postgres {
         }
         let pool = config.pool.clone().connect_lazy_with(connect.clone());
         let writes = config.write_pool.clone().connect_lazy_with(connect);
-        Self { config, pool, writes, standby: Arc::default() }
+        Self { kept: Kept::new(pool.clone()), config, pool, writes, standby: Arc::default() }
     }
 }
 
@@ -123,7 +126,11 @@ impl Server for Postgres {
         drop(self.writes.close());
         let writes = self.writes.clone();
         tokio::spawn(async move { writes.close().await });
-        Box::pin(self.pool.close())
+        Box::pin(async {
+            let closed = self.pool.close();
+            self.kept.clear();
+            closed.await;
+        })
     }
 }
 
