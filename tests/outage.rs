@@ -209,23 +209,26 @@ pg_test! {
 
     async fn a_connection_is_not_kept_from_who_waits_for_one(test: Test) {
         let db = users_db(test.version).await;
+        let proxy = Proxy::start(db.port).await;
         let mut config = Config::from_url(&db.url).expect("a good URL");
-        config.pool = config.pool.max_connections(2);
+        config.pool_connect = Config::from_url(&proxy.url(&db.url)).expect("a good URL").pool_connect;
+        config.pool = config.pool.max_connections(1).acquire_timeout(SECOND);
         let node = Node::start(config).await.expect("starts");
         let users = open(&node, TableOptions::default()).await;
-        let loaders: Vec<_> = (1..=4)
+        proxy.set(Direction::Down, Flow::Delay(Duration::from_millis(20)));
+        let loaders: Vec<_> = (1..=2)
             .map(|id| {
                 let users = users.clone();
                 tokio::spawn(async move {
                     loop {
                         users.forget(&id);
-                        name(&users, id).await;
+                        let _ = users.get(&id).await;
                     }
                 })
             })
             .collect();
-        for _ in 0..20 {
-            users.invalidate(&7).await.expect("gets a connection");
+        for _ in 0..3 {
+            users.invalidate(&7).await.expect("gets the connection");
         }
         loaders.iter().for_each(tokio::task::JoinHandle::abort);
         node.shutdown().await;

@@ -177,15 +177,25 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
             }
         }
     };
-    // Together, since nothing is asked of the second session before both are there.
+    // Both connect at once, which is most of the work. Statements come one after the other: behind a pooler in transaction mode they
+    // meet the same backend then, if nobody else is there, so that what is found out is that fences do not arrive.
+    let received = move |message| hear.received(message);
     let (listener, control) = tokio::join!(
         async {
-            if config.listen { Ok(Some(listen(config, own_channel, hear, lost.clone()).await?)) } else { Ok(None) }
+            if config.listen { connect(config, "listener", received, lost.clone()).await.map(Some) } else { Ok(None) }
         },
-        control(config, lost.clone()),
+        connect(config, "control", |_| {}, lost.clone()),
     );
-    // Where both say what is in the way, the first one knows better.
-    let (listener, (control, sending)) = (listener?, control?);
+    let listener = match listener? {
+        Some((client, task)) => Some(listen(config, own_channel, client, task).await?),
+        None => None,
+    };
+    let (control, sending) = control?;
+    if !config.pooler {
+        let set = format!("{SETTINGS}; set lock_timeout = {}", lock_timeout(config));
+        let failed = |error| setup_error("setting up the control session failed", error);
+        control.batch_execute(&set).await.map_err(failed)?;
+    }
     let (fence, (fingerprints, describe, poll)) =
         tokio::try_join!(prepare_fence(config, &control), prepare_asks(config, &control))?;
     let (incarnation, standby) = match &listener {
@@ -224,29 +234,12 @@ struct Listener {
     task: JoinHandle<()>,
 }
 
-async fn listen(
-    config: &Config,
-    own_channel: &str,
-    hear: Arc<dyn Hear>,
-    lost: impl FnOnce(String) + Send + 'static,
-) -> Result<Listener> {
-    let (client, task) = connect(config, "listener", move |message| hear.received(message), lost).await?;
+async fn listen(config: &Config, own_channel: &str, client: Client, task: JoinHandle<()>) -> Result<Listener> {
     let (pid, incarnation) = prepare(&client).await?;
     let asked = if config.answers { format!("; listen {}", fleet::CHANNEL) } else { String::new() };
     let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"{asked}");
     client.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
     Ok(Listener { client, pid, incarnation, task })
-}
-
-/// The session that sends fences and polls the change log.
-async fn control(config: &Config, lost: impl FnOnce(String) + Send + 'static) -> Result<(Client, JoinHandle<()>)> {
-    let (control, sending) = connect(config, "control", |_| {}, lost).await?;
-    if !config.pooler {
-        let set = format!("{SETTINGS}; set lock_timeout = {}", lock_timeout(config));
-        let failed = |error| setup_error("setting up the control session failed", error);
-        control.batch_execute(&set).await.map_err(failed)?;
-    }
-    Ok((control, sending))
 }
 
 async fn prepare_fence(config: &Config, control: &Client) -> Result<Option<Statement>> {

@@ -112,6 +112,14 @@ pub(super) const MUTANTS: &[Mutant] = &[
         catchers: &[Test("freshness", "what_was_read_in_a_gap")],
     },
     Mutant {
+        name: "kept-last",
+        protection: "loads do not keep the last connection of the pool from who waits for one",
+        file: "src/postgres/kept.rs",
+        text: "let has_others = pool",
+        instead: "let has_others = true || pool",
+        catchers: &[Test("outage", "a_connection_is_not_kept")],
+    },
+    Mutant {
         name: "rescue-word",
         protection: "what is known to be wrong is not served, whatever fails (I3)",
         file: "src/store/rescue.rs",
