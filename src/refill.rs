@@ -7,7 +7,7 @@
 //! The hottest come first, since they are most of what is missed; but by the thousand, and each thousand sorted. Postgres then reads an
 //! index in order, or, as it sees fit, the whole table; either way a batch of the default size costs it little more than the best that it can do.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use tokio::sync::{oneshot, watch};
 
@@ -17,7 +17,7 @@ use crate::{
     shared::{Progress, Shared},
     source::Source,
     store::Store,
-    sync::lock,
+    sync::{Mutex, lock},
 };
 
 /// Waits for gaps to end, until the node stops or the cache is gone.
