@@ -10,7 +10,7 @@ mod spare;
 
 use std::{sync::Arc, time::Duration};
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
@@ -41,7 +41,7 @@ pub(crate) async fn keep(shared: Arc<Shared>, ready: Option<oneshot::Sender<Resu
 
 async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Result<()>>>) {
     let limit = open_limit(&shared.config);
-    let mut pauses = pauses(shared);
+    let mut pauses = line_pauses(shared);
     let mut complaint = Complaint::default();
     // Outlives lines: the next one goes on reading where the last one ended.
     let mut poller = Poller::new(&shared.config);
@@ -62,7 +62,7 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
             Ok(()) => {
                 complaint.is_settled();
                 if shared.host.now() > began + shared.config.lease {
-                    pauses = self::pauses(shared);
+                    pauses = line_pauses(shared);
                     // Nothing says yet that the server is not there. No more than this, so that a fleet does not come back all at once.
                     tokio::time::sleep(jitter(shared)).await;
                     continue;
@@ -88,12 +88,21 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
 pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(1);
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 
-/// Pauses between attempts: with jitter, so that the nodes of a fleet do not come back all at once; and growing by a twentieth, so that
-/// each is a thirtieth of the time that has been waited for already: a node is back soon after its server, however long that took.
+/// Pauses between attempts: growing, and with jitter, so that the nodes of a fleet do not come back all at once.
 pub(crate) fn pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
+    pauses_growing(shared, 2.0)
+}
+
+/// Pauses between attempts to open the line: each is a thirtieth of the time that has been waited for already, so that a node is back
+/// soon after its server, however long that took.
+fn line_pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
+    pauses_growing(shared, 1.05)
+}
+
+fn pauses_growing(shared: &Shared, factor: f32) -> ExponentialBackoff {
     ExponentialBuilder::default()
         .with_min_delay(PAUSE_MIN)
-        .with_factor(1.05)
+        .with_factor(factor)
         .with_max_delay(PAUSE_MAX)
         .with_jitter()
         .with_jitter_seed(shared.host.random())

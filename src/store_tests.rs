@@ -172,22 +172,20 @@ fn after_a_gap_the_keys_that_it_took_away_are_known_as_well() {
     let fixture = Fixture { store, words };
     let mut words = fixture.words.clone();
     let used = |max| -> Vec<i64> { fixture.store.used_before(max).into_iter().map(|(_, key)| key).collect() };
-    fixture.hold(&[(1, Some("ada")), (2, Some("bob")), (3, Some("cyd"))]);
-    for key in [1, 1, 3] {
-        for _ in 0..4 * SAMPLED {
-            fixture.store.lookup(&key);
+    let hold_and_use = || {
+        fixture.hold(&[(1, Some("ada")), (2, Some("bob")), (3, Some("cyd"))]);
+        for key in [1, 1, 3] {
+            for _ in 0..4 * SAMPLED {
+                fixture.store.lookup(&key);
+            }
         }
-    }
+    };
 
+    hold_and_use();
     // What is cleared while nothing is wrong is not what a gap has cost.
     fixture.store.show(words.fresh(true), Before::Forgotten);
     fixture.store.reclaim();
-    fixture.hold(&[(2, Some("bob")), (3, Some("cyd")), (1, Some("ada"))]);
-    for key in [1, 1, 3] {
-        for _ in 0..4 * SAMPLED {
-            fixture.store.lookup(&key);
-        }
-    }
+    hold_and_use();
     fixture.store.show(words.fresh(false), Before::Stale);
     // A load that is not published.
     fixture.hold(&[(1, Some("ada"))]);

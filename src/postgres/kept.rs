@@ -7,7 +7,10 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::PgPool;
-use tokio::time::{Instant, sleep};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep},
+};
 
 use crate::{
     postgres::lent::Lent,
@@ -22,6 +25,8 @@ const LOADS_MAX: u32 = 100;
 /// What loads have lent from a pool, and have not given back.
 pub(crate) struct Kept {
     pool: PgPool,
+    /// The node's: that of a load may end before it.
+    runtime: Handle,
     /// No other lock is taken under it.
     idle: Mutex<Idle>,
 }
@@ -35,8 +40,11 @@ struct Idle {
 }
 
 impl Kept {
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
     pub(crate) fn new(pool: PgPool) -> Arc<Self> {
-        Arc::new(Self { pool, idle: Mutex::default() })
+        Arc::new(Self { pool, runtime: Handle::current(), idle: Mutex::default() })
     }
 
     /// One that was kept, or one of the pool.
@@ -59,7 +67,7 @@ impl Kept {
         let mut idle = lock(&self.idle);
         idle.connections.push((connection, Instant::now()));
         if !std::mem::replace(&mut idle.is_watched, true) {
-            tokio::spawn(Arc::clone(self).watch());
+            self.runtime.spawn(Arc::clone(self).watch());
         }
     }
 
@@ -70,8 +78,8 @@ impl Kept {
             let mut idle = lock(&self.idle);
             let still = idle.connections.iter().take_while(|(_, since)| since.elapsed() >= KEPT).count();
             let rest: Vec<_> = idle.connections.drain(..still).collect();
-            idle.is_watched = !idle.connections.is_empty();
-            let is_watched = idle.is_watched;
+            let is_watched = !idle.connections.is_empty();
+            idle.is_watched = is_watched;
             drop(idle);
             for (connection, _) in rest {
                 connection.give_back();

@@ -78,16 +78,13 @@ pub(crate) struct Sessions {
     /// What nodes that listen refuse.
     pub(crate) standby: bool,
     control: Client,
-    /// Says nothing any more, but dropping it would end its connection.
-    _listener: Option<Client>,
-    /// The server's end of it.
-    listener_pid: Option<i32>,
+    listener: Option<Listener>,
     phase: Arc<Phase>,
     fence: Option<Statement>,
     fingerprints: Ask,
     describe: Ask,
     poll: Ask,
-    tasks: Vec<JoinHandle<()>>,
+    sending: JoinHandle<()>,
 }
 
 /// A statement of the control session.
@@ -129,8 +126,9 @@ impl Ask {
 impl Drop for Sessions {
     fn drop(&mut self) {
         self.phase.end();
-        for task in &self.tasks {
-            task.abort();
+        self.sending.abort();
+        if let Some(listener) = &self.listener {
+            listener.task.abort();
         }
     }
 }
@@ -205,30 +203,14 @@ pub(crate) async fn open(config: &Config, own_channel: &str, hear: Arc<dyn Hear>
     if !phase.begin() {
         return Err(Error::new(Kind::Unavailable, "a connection ended while the line was being opened"));
     }
-    let mut tasks = vec![sending];
-    let (mut client, mut listener_pid) = (None, None);
-    if let Some(listener) = listener {
-        (client, listener_pid) = (Some(listener.client), Some(listener.pid));
-        tasks.push(listener.task);
-    }
-    Ok(Sessions {
-        incarnation,
-        standby,
-        control,
-        _listener: client,
-        listener_pid,
-        phase,
-        fence,
-        fingerprints,
-        describe,
-        poll,
-        tasks,
-    })
+    Ok(Sessions { incarnation, standby, control, listener, phase, fence, fingerprints, describe, poll, sending })
 }
 
 /// A session that listens.
 struct Listener {
-    client: Client,
+    /// Says nothing any more, but dropping it would end its connection.
+    _client: Client,
+    /// The server's end of it.
     pid: i32,
     incarnation: Incarnation,
     task: JoinHandle<()>,
@@ -239,7 +221,7 @@ async fn listen(config: &Config, own_channel: &str, client: Client, task: JoinHa
     let asked = if config.answers { format!("; listen {}", fleet::CHANNEL) } else { String::new() };
     let listen = format!("listen {CHANNEL}; listen \"{own_channel}\"{asked}");
     client.batch_execute(&listen).await.map_err(|error| setup_error("LISTEN failed", error))?;
-    Ok(Listener { client, pid, incarnation, task })
+    Ok(Listener { _client: client, pid, incarnation, task })
 }
 
 async fn prepare_fence(config: &Config, control: &Client) -> Result<Option<Statement>> {
@@ -404,7 +386,7 @@ impl Line for Sessions {
     }
 
     fn listener(&self) -> Option<i32> {
-        self.listener_pid
+        self.listener.as_ref().map(|listener| listener.pid)
     }
 
     fn is_open(&self) -> bool {
