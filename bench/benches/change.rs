@@ -250,7 +250,7 @@ fn all(outcomes: &[Outcome]) -> impl Iterator<Item = Seen> {
 
 fn ratios(bench: &mut Bench, load: &str, outcomes: &[Vec<Outcome>]) {
     for (part, label, target) in [(0.5, "p50", 1.3), (0.99, "p99", 1.5)] {
-        let what = || format!("from sending a change until it is gone, {label}, {load}");
+        let what = || format!("{label} from sending a change until it is gone, {load}");
         let of = |to: usize| {
             let pairs = outcomes[0].iter().zip(&outcomes[to]);
             Spread::of(pairs.map(|(ours, other)| ours.quantile(part) / other.quantile(part)))

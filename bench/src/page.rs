@@ -63,7 +63,7 @@ fn targets(reports: &[Report]) -> String {
 }
 
 fn headline(ratio: &Ratio) -> &str {
-    ratio.what.split_once(',').map_or(&ratio.what, |(headline, _)| headline)
+    ratio.what.split_once(", ").map_or(&ratio.what, |(headline, _)| headline)
 }
 
 fn target(ratio: &Ratio) -> String {
