@@ -101,7 +101,7 @@ pub enum Cause {
     /// A message about this table (`None`: about every table); or a call on this node or another one.
     Change {
         /// The table, or the cache that was named.
-        table: Option<String>,
+        table: Option<std::sync::Arc<str>>,
         /// The transaction that changed the row; `None` if it was a call.
         xid: Option<u64>,
     },
@@ -112,8 +112,16 @@ pub enum Cause {
 impl Cause {
     pub(crate) fn of(change: Option<&Change>) -> Self {
         match change {
-            Some(change) => Self::Change { table: change.table.clone(), xid: change.xid },
+            Some(change) => Self::Change { table: change.table.as_deref().map(Into::into), xid: change.xid },
             None => Self::Node,
+        }
+    }
+
+    /// The transaction that changed the row, if one did.
+    pub(crate) fn xid(&self) -> Option<u64> {
+        match self {
+            Self::Change { xid, .. } => *xid,
+            Self::Node => None,
         }
     }
 }

@@ -411,22 +411,22 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// What this node found out of a row is not what is held: as [`forget`](Self::forget).
     pub(crate) fn invalidate(&self, key: &K) {
-        self.forget(key, None);
+        self.forget(key, &Cause::Node);
     }
 
     /// A row was changed: nothing read before this call may be served after it.
-    fn forget(&self, key: &K, by: Option<&Change>) {
+    fn forget(&self, key: &K, by: &Cause) {
         let mut flights = self.flights(key);
         if let Some(flight) = flights.get_mut(key) {
             flight.void();
         }
         self.take_ticket_away(key);
-        let removed = self.entries.remove(key);
+        let mut removed = self.entries.remove(key);
         if let Some(admission) = &self.admission {
-            admission.told(key, by.and_then(|change| change.xid));
+            admission.told(key, by.xid());
         }
-        if removed.entry().is_some() {
-            self.note(|| TableEvent::Invalidated { key: key.clone(), by: Cause::of(by) });
+        if let Some(key) = removed.take_key() {
+            self.note(|| TableEvent::Invalidated { key, by: by.clone() });
         }
         drop(flights);
         self.note_change(key, &removed);
@@ -475,9 +475,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
 impl<K: Key, V: Send + Sync + 'static> Member for Store<K, V> {
     fn invalidate(&self, keys: &[RowKey], by: &Change) -> bool {
+        let by = Cause::of(Some(by));
         for key in keys {
             match K::from_parts(key.parts()) {
-                Some(key) => self.forget(&key, Some(by)),
+                Some(key) => self.forget(&key, &by),
                 None => return false,
             }
         }

@@ -53,8 +53,8 @@ async fn run(mut bench: Bench) -> Result<Bench> {
         "Why fewer than 2,000,000 keys a second are applied while all rows are held: one task applies all messages, and half of its time goes into
          memory that is in no cache of the processor, in `quick_cache`'s `remove`, one key after the other; the bare listener has that too. Nearly
          a third is the allocator: the values are dropped there, and for each key that was held an event is written down
-         (`TableOptions::history`), with an allocation; with `history(0)` such a storm took a fifth less time. To read the JSON takes 4 % for
-         numbers; each text is allocated twice more, once as part of the message, and once as a key. Keys that are not held cost a fraction.",
+         (`TableOptions::history`). To read the JSON takes 4 % for numbers; each text is allocated twice more, once as part of the message, and once
+         as a key. Keys that are not held cost a fraction.",
     );
     let ground = Ground::start(&mut bench).await?;
     ground.client().await?.batch_execute("create database bare").await?;

@@ -19,10 +19,6 @@ impl Machine {
     /// This one. `servers` are those that ran.
     pub fn here(servers: &[String]) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let field = |text: &str, name: &str| {
-            let line = text.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
-        };
         let memory = field(&read("/proc/meminfo"), "MemTotal");
         let kib: u64 =
             memory.and_then(|text| text.split(' ').next().and_then(|text| text.parse().ok())).unwrap_or_default();
@@ -30,7 +26,7 @@ impl Machine {
         versions.extend(servers.iter().cloned());
         versions.extend(crates());
         Self {
-            processor: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            processor: processor(&read("/proc/cpuinfo")),
             processors: thread::available_parallelism().map_or(1, usize::from),
             memory_gib: (kib + (1 << 19)) >> 20,
             kernel: format!("Linux {}", read("/proc/sys/kernel/osrelease").trim()),
@@ -41,6 +37,23 @@ impl Machine {
     /// Whether figures of the two can be compared.
     pub fn is_like(&self, other: &Self) -> bool {
         (&self.processor, self.processors, self.memory_gib) == (&other.processor, other.processors, other.memory_gib)
+    }
+}
+
+/// What `text` says of `name`, as the kernel writes it: `model name\t: AMD EPYC`.
+fn field(text: &str, name: &str) -> Option<String> {
+    text.lines().find_map(|line| {
+        let (of, value) = line.split_once(':')?;
+        (of.trim() == name).then(|| value.trim().to_owned())
+    })
+}
+
+/// Virtual machines often have a name in common, whatever they run on. The family and the model tell which it is.
+fn processor(cpuinfo: &str) -> String {
+    let Some(name) = field(cpuinfo, "model name") else { return std::env::consts::ARCH.to_owned() };
+    match (field(cpuinfo, "cpu family"), field(cpuinfo, "model")) {
+        (Some(family), Some(model)) => format!("{name} (family {family}, model {model})"),
+        _ => name,
     }
 }
 
@@ -78,6 +91,14 @@ fn crates() -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processors_of_one_name_are_told_apart() {
+        let cpuinfo = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n";
+        assert_eq!(processor(cpuinfo), "AMD EPYC (family 25, model 17)");
+        assert_eq!(processor("model name\t: Neoverse\n"), "Neoverse");
+        assert_eq!(processor(""), std::env::consts::ARCH);
+    }
 
     #[test]
     fn every_crate_that_is_compared_has_a_version() {

@@ -85,14 +85,15 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
     pub(super) fn insert(&self, key: &K, entry: &Arc<Entry<V>>) -> Removed<K, V> {
         let (shelf, other) =
             if entry.value.is_some() { (&self.rows, &self.absent) } else { (&self.absent, &self.rows) };
-        let mut removed = Removed { other: other.remove(key).map(|(_, entry)| entry), ..Removed::default() };
+        let (known, other) = other.remove(key).unzip();
+        let mut removed = Removed { key: known, other, ..Removed::default() };
         shelf.insert_with_lifecycle(key.clone(), Arc::clone(entry), &mut removed.evicted);
         removed
     }
 
     pub(super) fn remove(&self, key: &K) -> Removed<K, V> {
-        let removed = self.rows.remove(key).or_else(|| self.absent.remove(key));
-        Removed { other: removed.map(|(_, entry)| entry), ..Removed::default() }
+        let (key, other) = self.rows.remove(key).or_else(|| self.absent.remove(key)).unzip();
+        Removed { key, other, ..Removed::default() }
     }
 
     /// Reclaims the entry of `key` if it is of that kind.
@@ -137,12 +138,14 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
 /// Entries that are not held any more, to be dropped under no lock.
 pub(super) struct Removed<K, V> {
     evicted: Evicted<K, V>,
+    /// The key that was asked for, as it was held.
+    key: Option<K>,
     other: Option<Arc<Entry<V>>>,
 }
 
 impl<K, V> Default for Removed<K, V> {
     fn default() -> Self {
-        Self { evicted: Evicted::default(), other: None }
+        Self { evicted: Evicted::default(), key: None, other: None }
     }
 }
 
@@ -150,6 +153,11 @@ impl<K: Key, V> Removed<K, V> {
     /// What was held of the key itself.
     pub(super) fn entry(&self) -> Option<&Entry<V>> {
         self.other.as_deref()
+    }
+
+    /// The key, if something was held of it; to be taken once.
+    pub(super) fn take_key(&mut self) -> Option<K> {
+        self.key.take()
     }
 
     /// Those that had to go, or were replaced.

@@ -14,15 +14,16 @@
 //! A message that finds no key has nothing to do. Had a load of the key started before the look into the index, the key
 //! would have been in it. A load that starts afterwards starts after the message was delivered, and sees the change (A7).
 
-use super::{Change, Hashed, Key, KeyHash, Runner, Store};
+use super::{Cause, Change, Hashed, Key, KeyHash, Runner, Store};
 
 impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// Rows were changed whose keys have these hashes. `false`: they are not ours to understand.
     pub(super) fn forget_hashed(&self, secret: &str, hashes: &[KeyHash], by: &Change) -> bool {
         let Some(hashed) = self.hashed().filter(|hashed| hashed.is_made_by(secret)) else { return false };
+        let by = Cause::of(Some(by));
         for hash in hashes {
             if let Some(key) = hashed.find(hash) {
-                self.forget(&key, Some(by));
+                self.forget(&key, &by);
             }
         }
         true

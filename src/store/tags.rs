@@ -25,7 +25,7 @@ use std::{
 
 use quick_cache::DefaultHashBuilder;
 
-use super::{Change, Key, Store};
+use super::{Cause, Change, Key, Store};
 use crate::{
     sync::{AtomicU64, Mutex, Ordering, lock},
     tags::Tag,
@@ -149,9 +149,10 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     /// What these tags stand for has changed.
     pub(super) fn forget_tagged(&self, tagged: &[Tag], by: &Change) {
         let Some(tags) = self.tags() else { return };
+        let by = Cause::of(Some(by));
         for tag in tagged {
             for key in tags.changed(tag) {
-                self.forget(&key, Some(by));
+                self.forget(&key, &by);
             }
         }
     }

@@ -179,8 +179,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "ticket-change",
         protection: "a change takes away the ticket of who reads the row himself (I1, X1)",
         file: "src/store.rs",
-        text: "        self.take_ticket_away(key);\n        let removed = self.entries.remove(key);",
-        instead: "        let removed = self.entries.remove(key);",
+        text: "        self.take_ticket_away(key);\n        let mut removed = self.entries.remove(key);",
+        instead: "        let mut removed = self.entries.remove(key);",
         catchers: &[Test("write", "a_row_is_not_kept_if"), Schedules("reads_against_rows_that_are_put")],
     },
     Mutant {
