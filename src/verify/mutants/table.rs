@@ -513,8 +513,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "one-shelf",
         protection: "a key is held among the rows or among the absent ones, not in both",
         file: "src/store/held.rs",
-        text: "other: other.remove(key).map(|(_, entry)| entry), ..Removed::default() };\n        shelf",
-        instead: "other: other.peek(key), ..Removed::default() };\n        shelf",
+        text: "= other.remove(key).unzip();",
+        instead: "= (None, other.peek(key));",
         catchers: &[Unit("a_row_and_its_absence")],
     },
     Mutant {
