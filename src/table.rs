@@ -116,7 +116,6 @@ impl<V> Lookup<V> {
         !matches!(self, Self::Unknown)
     }
 
-    #[inline]
     fn of(entry: Option<Arc<Entry<V>>>) -> Self {
         match entry.map(Cached::new) {
             Some(Some(row)) => Self::Row(row),
@@ -178,8 +177,7 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
     }
 
     /// What is known about this key; never loads. Counts as a get.
-    #[expect(clippy::inline_always, reason = "a call costs a tenth of a hit, and in some loops is made")]
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub fn try_get(&self, key: &K) -> Lookup<V> {
         let entry = self.store.lookup_unaudited(key);

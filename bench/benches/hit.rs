@@ -54,10 +54,11 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     bench.about(
         "Why targets are missed. Where neither keys nor rows are in a processor's cache, a hit is a wait for memory, and a loop of reads lets the
          waits of several hits overlap. The counter and the reference count of a hit are locked instructions, behind which an awaited `get` has to
-         load the loop's state again; on some processors less overlaps then (1.97 of quick_cache's time has been measured with an older EPYC, uniform keys and a
-         million rows), on others it makes no difference. A program that does something with a row before it reads the next one does not see it.
-         Nothing is ten times as slow as a hit that is a wait for memory: hydracache decodes each row, which takes a microsecond, beside a
-         wait of 0.1 to 0.8. How many times as slow Redis is, is as much a matter of how long the kernel takes to wake a process.",
+         load the loop's state again; on some processors less overlaps then (1.97 of quick_cache's time has been measured with an older EPYC,
+         uniform keys and a million rows), on others it makes no difference. A program that does something with a row before it reads the next one
+         does not see it. Nothing is ten times as slow as a hit that is a wait for memory: hydracache decodes each row, which takes a
+         microsecond, beside a wait of 0.1 to 0.8. How many times as slow Redis is, is as much a matter of how long the kernel takes to wake a
+         process.",
     );
     let ground = Ground::start(&mut bench).await?;
     let (few, many) = (bench.size(100_000, 2000), bench.size(1_000_000, 4000));
@@ -89,7 +90,7 @@ async fn run(mut bench: Bench) -> Result<Bench> {
 /// Reads these keys, all of which are there.
 type Read<K> = Box<dyn Fn(&[K]) -> usize + Send + Sync>;
 
-/// In the order of the table's columns. The compiler may not foresee what becomes of the row; of what it is wrapped in it may.
+/// In the order of the table's columns. Only the row itself is hidden from the compiler, not what it comes wrapped in.
 async fn caches<K>(keys: &[K], users: &Table<K, User>) -> Result<Vec<(&'static str, Read<K>)>>
 where
     K: Key + Clone + Eq + Hash + Debug + ToString + Send + Sync + 'static,
