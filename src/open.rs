@@ -204,7 +204,8 @@ impl<K: Key, V: Send + Sync + 'static> Cache<K, V> {
         let is_tiered = tier.is_some();
         let events_max = node.handle.shared.config.events_max;
         let make = || {
-            let (reload, due) = Reload::new(options.early(), options.on_change == OnChange::Refresh).unzip();
+            let seed = node.handle.shared.host.random();
+            let (reload, due) = Reload::new(options.early(), options.on_change == OnChange::Refresh, seed).unzip();
             let store = Store::<K, V>::new(options.bounds(), limits, None);
             let store = store.audited(options.audit > 0).weighed(weigh).not_found_max(options.not_found_max);
             let store = store.expiring(expiry).reloading(reload).refilling(options.refill).breaking(options.breaker);

@@ -6,7 +6,6 @@
 //! nothing here touches the promise.
 
 use std::{
-    hash::BuildHasher,
     sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Duration,
 };
@@ -164,7 +163,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
         let reload = self.reload.as_ref().filter(|_| early <= now.get() && entry.word == self.gate.word());
         let (window, left) = (life.until.since(Tenths::new(early)), life.until.since(now));
         if let Some(reload) = reload
-            && reload.is_drawn(window, left, |lot| self.hasher.hash_one((key, lot)))
+            && reload.is_drawn(window, left)
         {
             // Should that load fail, another one is tried after half of the time that is left.
             let again = now.get() + (life.until.get().saturating_sub(now.get()) / 2).max(1);

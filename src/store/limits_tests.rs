@@ -99,6 +99,9 @@ fn aging(expiry: Expiry<&'static str>, reload: Option<Reload<i64>>) -> Fixture {
 
 const START: Duration = Duration::from_mins(1);
 
+/// Of the lots that decide which entries are read again early.
+const SEED: u64 = 1;
+
 impl Fixture {
     /// So many tenths of a second after the start. Returns whether somebody should look for what has expired.
     fn after(&self, tenths: u32) -> bool {
@@ -213,7 +216,7 @@ fn what_has_expired_is_looked_for() {
 
 #[test]
 fn what_is_used_is_read_again_before_it_expires() {
-    let (reload, mut due) = Reload::new(Some(Early::Share(0.8)), false).expect("wanted");
+    let (reload, mut due) = Reload::new(Some(Early::Share(0.8)), false, SEED).expect("wanted");
     let mut fixture = aging(Expiry { ttl: Some(Duration::from_secs(10)), ..Expiry::default() }, Some(reload));
     fixture.hold_from_start(&[(1, Some("old")), (2, Some("unused"))]);
     fixture.after(79);
@@ -260,7 +263,7 @@ fn what_is_used_is_read_again_before_it_expires() {
 fn what_took_long_to_load_is_read_again_early_and_not_all_at_once() {
     // How long before its end each entry was read again, in tenths of a second, if its load took so long.
     let early = |beta, took: u64| {
-        let (reload, mut due) = Reload::new(Some(Early::Chance(beta)), false).expect("wanted");
+        let (reload, mut due) = Reload::new(Some(Early::Chance(beta)), false, SEED).expect("wanted");
         let fixture = aging(Expiry { ttl: Some(Duration::from_secs(100)), ..Expiry::default() }, Some(reload));
         let keys: Vec<i64> = (0..1000).collect();
         let (_waits, mut runners) = fixture.ask(&keys);
@@ -297,7 +300,7 @@ fn what_took_long_to_load_is_read_again_early_and_not_all_at_once() {
 /// It is as old as it was read by somebody else, and took no longer than to be taken.
 #[test]
 fn what_came_from_a_tier_ends_with_its_age_and_was_not_slow() {
-    let (reload, mut due) = Reload::new(Some(Early::Chance(1.0)), false).expect("wanted");
+    let (reload, mut due) = Reload::new(Some(Early::Chance(1.0)), false, SEED).expect("wanted");
     let fixture = aging(Expiry { ttl: Some(Duration::from_secs(100)), ..Expiry::default() }, Some(reload));
     let (_waits, mut runners) = fixture.ask(&[1]);
     runners[0].take();
@@ -340,7 +343,7 @@ fn what_is_served_when_postgres_does_not_answer_is_not_known_to_be_wrong() {
 
 #[test]
 fn what_was_used_and_has_changed_is_read_again() {
-    let (reload, mut due) = Reload::new(None, true).expect("wanted");
+    let (reload, mut due) = Reload::new(None, true, SEED).expect("wanted");
     let fixture = aging(Expiry::default(), Some(reload));
     fixture.hold_from_start(&[(1, Some("used")), (2, Some("unused")), (3, None)]);
     fixture.store.lookup(&1);

@@ -3,6 +3,7 @@
 //! The store says which keys; `refresh.rs` asks for them like any caller, so that nothing here touches the promise.
 
 use std::{
+    hash::{DefaultHasher, Hasher},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
@@ -18,7 +19,7 @@ pub(crate) struct Reload<K> {
     /// Those that were used, and were invalidated.
     changed: bool,
     due: mpsc::UnboundedSender<Due<K>>,
-    /// How many lots were drawn.
+    /// What the next lot is drawn from.
     draws: AtomicU64,
 }
 
@@ -55,22 +56,28 @@ pub(crate) enum Due<K> {
 }
 
 impl<K> Reload<K> {
-    /// `None`: none are. Else keys come out of the second value.
-    pub(crate) fn new(early: Option<Early>, changed: bool) -> Option<(Self, mpsc::UnboundedReceiver<Due<K>>)> {
+    /// `None`: none are. Else keys come out of the second value. Of the same `seed` come the same lots.
+    pub(crate) fn new(
+        early: Option<Early>,
+        changed: bool,
+        seed: u64,
+    ) -> Option<(Self, mpsc::UnboundedReceiver<Due<K>>)> {
         let (sender, due) = mpsc::unbounded_channel();
         let wanted = early.is_some() || changed;
-        wanted.then_some((Self { early, changed, due: sender, draws: AtomicU64::new(0) }, due))
+        wanted.then_some((Self { early, changed, due: sender, draws: AtomicU64::new(seed) }, due))
     }
 
     pub(super) fn early(&self) -> Option<Early> {
         self.early
     }
 
-    /// Whether an entry that is used now, in its window and so long before its end, is read again. `mix` makes of a number any other one.
-    pub(super) fn is_drawn(&self, window: Duration, left: Duration, mix: impl FnOnce(u64) -> u64) -> bool {
+    /// Whether an entry that is used now, in its window and so long before its end, is read again.
+    pub(super) fn is_drawn(&self, window: Duration, left: Duration) -> bool {
         let Some(Early::Chance(_)) = self.early else { return true };
+        let mut mixed = DefaultHasher::new();
+        mixed.write_u64(self.draws.fetch_add(1, Relaxed));
         #[expect(clippy::cast_possible_truncation, reason = "any bits will do")]
-        let lot = f64::from(mix(self.draws.fetch_add(1, Relaxed)) as u32) + 1.0;
+        let lot = f64::from(mixed.finish() as u32) + 1.0;
         let before = window.mul_f64(-(lot / 2_f64.powi(32)).ln() / LONGEST);
         left <= before
     }

@@ -146,7 +146,7 @@ pub(super) fn start(world: &Arc<World>, id: NodeId, setup: Setup) -> oneshot::Re
     let store = Store::new(Bounds::rows::<Key, Item>(setup.capacity), limits, hashed);
     // Without jitter, which is different in each process.
     let expiry = Expiry { ttl: setup.ttl, ..Expiry::default() };
-    let (reload, due) = Reload::new(setup.reload_after.map(Early::Share), setup.reload_after.is_some()).unzip();
+    let (reload, due) = Reload::new(setup.reload_after.map(Early::Share), setup.reload_after.is_some(), 0).unzip();
     let store = Arc::new(store.expiring(expiry).reloading(reload).refilling(setup.refill).admitting(setup.tiered));
     shared.tables.add(TABLE, trust(world), &(Arc::clone(&store) as Arc<dyn Member>));
     let handle = Arc::new(Handle::new(Arc::clone(&shared)));
