@@ -9,6 +9,10 @@ use crate::{
     support,
 };
 
+/// How often the loads' statements were planned for any keys, and for the given ones.
+const PLANS: &str = "select statement, generic_plans, custom_plans from pg_prepared_statements \
+     where statement like '%rowcache.stamp%' and statement ~ 'any|unnest' and not statement ~ 'generic_plans'";
+
 pg_test! {
     async fn caching_can_be_switched_off_and_on_again(test: Test) {
         let db = users_db(test.version).await;
@@ -41,6 +45,47 @@ pg_test! {
         db.execute("update users set name = 'three' where id = 1").await;
         node.barrier().await.expect("coherent");
         assert_eq!(name(&users, 1).await.as_deref(), Some("three"));
+    }
+
+    async fn a_statement_for_a_few_rows_is_not_planned_for_each_execution(test: Test) {
+        let db = migrated(test.version).await;
+        db.execute(
+            "create table ones (id bigint primary key); create table texts (id text primary key); \
+             create table twos (a bigint, b text, primary key (a, b)); \
+             insert into ones select generate_series(1, 10000); insert into texts select id::text from ones; \
+             insert into twos select id, id::text from ones; analyze ones; analyze texts; analyze twos; \
+             select rowcache.track(t::regclass) from unnest('{ones,texts,twos}'::text[]) t",
+        )
+        .await;
+        let mut config = rowcache::Config::from_url(&db.url).expect("a good URL");
+        let (sender, mut plans) = tokio::sync::watch::channel(Vec::<(String, i64, i64)>::new());
+        // What the connection of the loads has planned before each of them.
+        config.pool = config.pool.max_connections(1).before_acquire(move |connection, _| {
+            let sender = sender.clone();
+            Box::pin(async move {
+                sender.send_replace(sqlx::query_as(PLANS).fetch_all(connection).await?);
+                Ok(true)
+            })
+        });
+        let node = Node::start(config).await.expect("starts");
+        let ones: Table<i64, (i64,)> = node.table("ones").await.expect("opens");
+        let texts: Table<String, (String,)> = node.table("texts").await.expect("opens");
+        let twos: Table<(i64, String), (i64, String)> = node.table("twos").await.expect("opens");
+        for first in (1..60).step_by(3) {
+            let ids = [first, first + 1, first + 2];
+            let rows = ones.get_many(&ids).await.expect("loads");
+            assert!(rows.iter().all(Option::is_some));
+            let rows = texts.get_many(&ids.map(|id| id.to_string())).await.expect("loads");
+            assert!(rows.iter().all(Option::is_some));
+            let rows = twos.get_many(&ids.map(|id| (id, id.to_string()))).await.expect("loads");
+            assert!(rows.iter().all(Option::is_some));
+        }
+        let _ = ones.get(&100).await.expect("loads");
+        let plans = plans.borrow_and_update().clone();
+        assert_eq!(plans.len(), 3, "{plans:?}");
+        for (statement, generic, custom) in plans {
+            assert_eq!((generic, custom), (15, 5), "{statement}");
+        }
     }
 
     async fn a_row_is_loaded_once_and_then_served_from_memory(test: Test) {
