@@ -381,7 +381,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
 
     /// The keys of the rows that are held, those used most first.
     pub(crate) fn used_most(&self) -> Vec<K> {
-        let mut keys = self.by_use(|entry| entry.value.is_some() && !self.is_gone(entry));
+        let mut keys = self.by_use(|entry| entry.is_row() && !self.is_gone(entry));
         keys.sort_unstable_by_key(|(heat, _)| std::cmp::Reverse(*heat));
         keys.into_iter().map(|(_, key)| key).collect()
     }

@@ -15,35 +15,58 @@ use crate::{
 /// It stays what it is however long it is held: a change makes the *cache* forget the row, not you.
 pub struct Cached<V>(Arc<Entry<V>>);
 
-/// What the cache knows about one key.
+/// What the cache knows about one key. What a hit looks at comes first, up to when its life is due, and so lies beside the count of the `Arc`s: where
+/// the rows are in no processor's cache, each further line to wait for is a tenth of a hit.
+#[repr(C)]
 pub(crate) struct Entry<V> {
     /// What the gate showed when the load started, if the entry was published.
     pub(super) word: Word,
+    /// Grows with use: one in [`SAMPLED`](crate::stats::SAMPLED) hits of this thread or another one is counted.
+    pub(super) heat: AtomicU32,
+    pub(super) weight: Weight,
+    pub(super) life: Life,
+    /// When the load started.
+    pub(super) at: Tenths,
     /// The commits that the load saw were logged before this position.
     pub(super) lsn: u64,
     /// Of the row as it was received, if the table is audited.
     pub(super) digest: Digest,
-    /// Grows with use: one in [`SAMPLED`](crate::stats::SAMPLED) hits of this thread or another one is counted.
-    pub(super) heat: AtomicU32,
-    /// When the load started.
-    pub(super) at: Tenths,
-    /// In the unit of the bound that it counts against. It does not change.
-    pub(super) weight: u32,
-    pub(super) life: Life,
     /// `None`: there is no such row.
     pub(super) value: Option<V>,
+}
+
+/// What an entry weighs, in the unit of the bound that it counts against, and whether it is of a row: so a hit need not look at the value itself to
+/// know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Weight(u32);
+
+impl Weight {
+    /// Beyond 2³¹, it makes no difference.
+    pub(super) fn new<V>(weight: usize, value: Option<&V>) -> Self {
+        const MAX: u32 = u32::MAX >> 1;
+        let weight = u32::try_from(weight).unwrap_or(MAX).min(MAX);
+        Self(weight << 1 | u32::from(value.is_some()))
+    }
+
+    pub(super) fn get(self) -> u32 {
+        self.0 >> 1
+    }
+
+    fn is_row(self) -> bool {
+        self.0 & 1 == 1
+    }
 }
 
 impl<V> Entry<V> {
     pub(super) fn new(word: Word, lsn: u64, value: Option<V>) -> Self {
         Self {
             word,
+            heat: AtomicU32::new(0),
+            weight: Weight::new(1, value.as_ref()),
+            life: Life::unlimited(),
+            at: Tenths::BOOT,
             lsn,
             digest: Digest::UNKNOWN,
-            heat: AtomicU32::new(0),
-            at: Tenths::BOOT,
-            weight: 1,
-            life: Life::unlimited(),
             value,
         }
     }
@@ -69,7 +92,7 @@ impl<V> Entry<V> {
     }
 
     pub(crate) fn is_row(&self) -> bool {
-        self.value.is_some()
+        self.weight.is_row()
     }
 
     /// When its load started.
@@ -91,7 +114,7 @@ impl<V> Entry<V> {
 impl<V> Cached<V> {
     /// The row, if the entry is not about an absent one.
     pub(crate) fn new(entry: Arc<Entry<V>>) -> Option<Self> {
-        entry.value.is_some().then_some(Self(entry))
+        entry.is_row().then_some(Self(entry))
     }
 
     pub(super) fn entry(&self) -> &Entry<V> {

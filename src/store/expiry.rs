@@ -74,6 +74,7 @@ impl<V> Expiry<V> {
 const LOOK_MAX: Duration = Duration::from_secs(30);
 
 /// When what happens to an entry.
+#[repr(C)]
 pub(super) struct Life {
     /// The first moment at which a hit has to look at the rest.
     pub(super) due: Tenths,

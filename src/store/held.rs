@@ -83,8 +83,7 @@ impl<K: Key, V: Send + Sync + 'static> Held<K, V> {
     /// Holds the entry, if it is not too large for that, in place of what there is. Under the key's stripe lock. What had to go is to be
     /// dropped, and asked about, after it.
     pub(super) fn insert(&self, key: &K, entry: &Arc<Entry<V>>) -> Removed<K, V> {
-        let (shelf, other) =
-            if entry.value.is_some() { (&self.rows, &self.absent) } else { (&self.absent, &self.rows) };
+        let (shelf, other) = if entry.is_row() { (&self.rows, &self.absent) } else { (&self.absent, &self.rows) };
         let (known, other) = other.remove(key).unzip();
         let mut removed = Removed { key: known, other, ..Removed::default() };
         shelf.insert_with_lifecycle(key.clone(), Arc::clone(entry), &mut removed.evicted);
@@ -180,7 +179,7 @@ struct Weights;
 
 impl<K, V> Weighter<K, Arc<Entry<V>>> for Weights {
     fn weight(&self, _: &K, entry: &Arc<Entry<V>>) -> u64 {
-        u64::from(entry.weight)
+        u64::from(entry.weight.get())
     }
 }
 

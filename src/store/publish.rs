@@ -2,7 +2,7 @@
 
 use std::{hash::BuildHasher, time::Duration};
 
-use super::{Entry, Key, Life, Origin, Removed, Store, Weigh, held};
+use super::{Entry, Key, Life, Origin, Removed, Store, Weigh, entry::Weight, held};
 use crate::{
     digest::Tenths, error::Result, fill::Verdict, journal::TableEvent, source::Received, store::Answer, sync::Arc,
 };
@@ -64,7 +64,7 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
             if published {
                 removed = self.entries.insert(key, &entry);
                 counters.published.add(1);
-                self.tell(|| TableEvent::Loaded { key: key.clone(), found: entry.value.is_some() });
+                self.tell(|| TableEvent::Loaded { key: key.clone(), found: entry.is_row() });
             } else if verdict == Verdict::Voided {
                 counters.voided.add(1);
                 self.tell(|| TableEvent::Voided { key: key.clone() });
@@ -122,14 +122,14 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     }
 
     /// What an entry weighs, in the unit of the bound that it counts against.
-    pub(super) fn weight(&self, key: &K, value: Option<&V>, received: u32) -> u32 {
+    pub(super) fn weight(&self, key: &K, value: Option<&V>, received: u32) -> Weight {
         let heap = match (value, &self.weigh) {
             (None, _) => 0,
-            (Some(_), Weigh::One) => return 1,
+            (Some(_), Weigh::One) => return Weight::new(1, value),
             (Some(_), Weigh::Received) => received as usize,
             (Some(value), Weigh::With(heap)) => heap(value),
         };
         let bytes = heap.saturating_add(held::heap_of(key) + held::overhead::<K, V>());
-        u32::try_from(bytes).unwrap_or(u32::MAX)
+        Weight::new(bytes, value)
     }
 }

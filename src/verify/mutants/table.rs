@@ -529,8 +529,8 @@ pub(super) const MUTANTS: &[Mutant] = &[
         name: "absent-apart",
         protection: "keys that do not exist evict no row",
         file: "src/store/held.rs",
-        text: "if entry.value.is_some() { (&self.rows, &self.absent) }",
-        instead: "if entry.value.is_some() || true { (&self.rows, &self.absent) }",
+        text: "if entry.is_row() { (&self.rows, &self.absent) }",
+        instead: "if entry.is_row() || true { (&self.rows, &self.absent) }",
         catchers: &[Unit("made_up_keys_evict_no_row"), Test("bounds", "who_enumerates")],
     },
     Mutant {
