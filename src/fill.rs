@@ -19,16 +19,21 @@
 //! * While the gate is closed no message tells that a running load is out of date. Who needs what is current *now* says so
 //!   ([`Join::Coherent`]), and waits for the next load (X4).
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::gate::Word;
 
 /// The load of one key, from the first caller who asks until nobody waits any more. `W` is a waiting caller.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Flight<W> {
     state: State,
-    waiting: Vec<W>,
+    waiting: Waiting<W>,
     /// Came too late for the running load.
-    next: Vec<W>,
+    next: Waiting<W>,
 }
+
+/// Most loads have one caller, who needs no list.
+pub(crate) type Waiting<W> = SmallVec<[W; 1]>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
@@ -65,7 +70,7 @@ pub(crate) enum Verdict {
 /// What remains to be done when a load has finished.
 pub(crate) struct Landing<W> {
     /// Callers who get this load's result.
-    pub(crate) waiting: Vec<W>,
+    pub(crate) waiting: Waiting<W>,
     /// The key must be loaded again, for callers who came too late for this one.
     pub(crate) again: bool,
 }
@@ -73,7 +78,7 @@ pub(crate) struct Landing<W> {
 impl<W> Flight<W> {
     /// The first caller asks.
     pub(crate) fn new(caller: W) -> Self {
-        Self { state: State::Queued, waiting: vec![caller], next: Vec::new() }
+        Self { state: State::Queued, waiting: smallvec![caller], next: Waiting::new() }
     }
 
     /// One more caller asks. `live` is the gate now. Returns whether the caller joined others (else it leads
@@ -115,7 +120,9 @@ impl<W> Flight<W> {
 
     /// The result of the running load will not do for those callers: they get the next one.
     pub(crate) fn defer(&mut self, which: impl Fn(&W) -> bool) {
-        self.next.extend(self.waiting.extract_if(.., |caller| which(caller)));
+        let (late, kept) = std::mem::take(&mut self.waiting).into_iter().partition::<Waiting<W>, _>(which);
+        self.waiting = kept;
+        self.next.extend(late);
     }
 
     #[cfg(any(all(test, shuttle), fuzzing))]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use sqlx::{AssertSqlSafe, Row as _, postgres::PgRow};
 use tokio::time::timeout;
 
@@ -17,9 +18,12 @@ use crate::{
     },
 };
 
+/// One is by far the most common, and needs no allocation.
+pub(super) type Parts = SmallVec<[KeyPart<'static>; 1]>;
+
 /// What key columns of these types have in a row, from column `first` on; `None` if one of them is null.
-pub(super) fn parts(row: &PgRow, first: usize, types: &[KeyType]) -> sqlx::Result<Option<Vec<KeyPart<'static>>>> {
-    let mut parts = Vec::with_capacity(types.len());
+pub(super) fn parts(row: &PgRow, first: usize, types: &[KeyType]) -> sqlx::Result<Option<Parts>> {
+    let mut parts = Parts::new();
     for (column, of) in (first..).zip(types) {
         match columns::read(row, column, *of)? {
             Some(part) => parts.push(part),

@@ -5,13 +5,14 @@
 
 use std::{
     any::Any,
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::atomic::Ordering,
     time::Duration,
 };
 
+use quick_cache::DefaultHashBuilder;
 use sqlx::{
     AssertSqlSafe, Connection, FromRow, PgConnection, Row,
     postgres::{PgArguments, PgRow},
@@ -342,7 +343,8 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
         let Keeps { digests, lengths, .. } = self.keeps;
         let keeps = digests || lengths;
         let mut received = HashMap::with_capacity(if keeps { rows.len() } else { 0 });
-        let mut found: HashMap<K, Result<V>> = HashMap::with_capacity(rows.len());
+        let mut found: HashMap<K, Result<V>, DefaultHashBuilder> =
+            HashMap::with_capacity_and_hasher(rows.len(), DefaultHashBuilder::default());
         for row in rows {
             let Some(key) = self.key_of(row)? else { continue };
             if keeps {
@@ -353,12 +355,17 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
             }
             let value = decode::<S::Row>(row)
                 .map_err(|error| Error::with(Kind::Decode, format!("{} could not be decoded", self.row(&key)), error));
-            let too_many = || Error::new(Kind::Table, format!("more than one row has the key of {}", self.row(&key)));
-            let made = match (found.remove(&key).transpose(), value) {
-                (Ok(before), Ok(value)) => S::join(before, value).ok_or_else(too_many),
-                (Err(error), _) | (_, Err(error)) => Err(error),
-            };
-            found.insert(key, made);
+            match found.entry(key) {
+                Entry::Vacant(seat) => {
+                    let made = self.join(seat.key(), None, value);
+                    seat.insert(made);
+                }
+                Entry::Occupied(seat) => {
+                    let (key, before) = seat.remove_entry();
+                    let made = self.join(&key, Some(before), value);
+                    found.insert(key, made);
+                }
+            }
         }
         let kept = keys.iter().filter(|_| keeps);
         Ok(Loaded {
@@ -366,6 +373,12 @@ impl<K: Key, V, S: Shape<V, Row: for<'r> FromRow<'r, PgRow>>> Rows<K, V, S> {
             rows: keys.iter().map(|key| found.remove(key).transpose()).collect(),
             stamp,
         })
+    }
+
+    /// What the rows with this key have made so far, and one more.
+    fn join(&self, key: &K, before: Option<Result<V>>, row: Result<S::Row>) -> Result<V> {
+        let too_many = || Error::new(Kind::Table, format!("more than one row has the key of {}", self.row(key)));
+        S::join(before.transpose()?, row?).ok_or_else(too_many)
     }
 
     /// Of the columns of the table, as they were received.
