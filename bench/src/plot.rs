@@ -154,8 +154,44 @@ fn draw_lines(plot: &Plot, x: &str, log_x: bool, lines: &[(String, Vec<(f64, f64
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .label_font(("sans-serif", 14))
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(emptiest(lines, across, up))
         .draw()
         .map_err(said)?;
     Ok(())
+}
+
+/// Where a legend lies over the least of these lines.
+fn emptiest(lines: &[(String, Vec<(f64, f64)>)], across: Axis, up: Axis) -> SeriesLabelPosition {
+    use SeriesLabelPosition::{
+        LowerLeft, LowerMiddle, LowerRight, MiddleLeft, MiddleMiddle, MiddleRight, UpperLeft, UpperMiddle, UpperRight,
+    };
+    const PLACES: [[SeriesLabelPosition; 3]; 3] = [
+        [UpperLeft, MiddleLeft, LowerLeft],
+        [UpperMiddle, MiddleMiddle, LowerMiddle],
+        [UpperRight, MiddleRight, LowerRight],
+    ];
+    let longest = lines.iter().map(|line| line.0.chars().count()).max().unwrap_or(0);
+    // As shares of the area that the lines are drawn in.
+    let width = (55.0 + 7.5 * longest as f64) / 750.0;
+    let height = (10.0 + 20.0 * lines.len() as f64) / 320.0;
+    let share = |axis: Axis, value: f64| (axis.at(value) - axis.from) / (axis.to - axis.from);
+    let on_lines: Vec<(f64, f64)> = lines
+        .iter()
+        .flat_map(|line| line.1.windows(2))
+        .flat_map(|ends| {
+            let [from, to] = [ends[0], ends[1]].map(|at| (share(across, at.0), 1.0 - share(up, at.1)));
+            (0..=100).map(move |n| {
+                let part = f64::from(n) / 100.0;
+                (from.0 + part * (to.0 - from.0), from.1 + part * (to.1 - from.1))
+            })
+        })
+        .collect();
+    let is_covered = |at: f64, from: f64, size: f64| at >= from && at <= from + size;
+    let covered = |column: usize, row: usize| {
+        let (x, y) = (column as f64 / 2.0 * (1.0 - width), row as f64 / 2.0 * (1.0 - height));
+        on_lines.iter().filter(|at| is_covered(at.0, x, width) && is_covered(at.1, y, height)).count()
+    };
+    let places = (0..3).flat_map(|column| (0..3).map(move |row| (column, row)));
+    let (column, row) = places.min_by_key(|&(column, row)| covered(column, row)).expect("nine");
+    PLACES[column][row].clone()
 }
