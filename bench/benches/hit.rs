@@ -18,7 +18,7 @@ use hydracache::{CacheOptions, HydraCache};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use rand_distr::{Distribution as _, Zipf};
 use redis::AsyncCommands as _;
-use rowcache::{Key, OnChange, Table, TableOptions};
+use rowcache::{Key, Node, OnChange, Table, TableOptions};
 use rowcache_bench::{
     ground::{self, Ground, User, holding},
     measure::{Spread, Turns, cpu_of, number},
@@ -48,7 +48,7 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     }
     bench.about(
         "Rows are held as `Arc<User>` (a number and three strings) and handed out as that, but for hydracache, which keeps them encoded and
-         decodes them for each reader. Every read is a hit. Each cache has its own defaults, room for twice the rows, and no expiry, but for
+         decodes them for each reader. Every read is a hit. Each way has a cache and rows of its own, with its own defaults, room for twice the rows, and no expiry, but for
          rowcache, whose rows expire. Zipf is Zipf 0.99. Each thread reads keys of its own choice. Times are the CPU time of the threads.",
     );
     bench.about(
@@ -69,15 +69,14 @@ async fn run(mut bench: Bench) -> Result<Bench> {
     for rows in [few, many] {
         ground.users(rows).await?;
         ground.people(rows).await?;
-        let node = ground.node(4).await?;
+        let nodes = [ground.node(4).await?, ground.node(4).await?];
         let ids: Vec<i64> = (1..=rows as i64).collect();
-        let users = holding(&node, "public.users", TableOptions::default(), &ids).await?;
-        compare(&mut bench, &mut table, "bigint", ids, &users).await?;
-        drop(users);
+        compare(&mut bench, &mut table, "bigint", ids, &nodes, "public.users").await?;
         let emails: Vec<String> = (1..=rows as i64).map(|id| User::nth(id).email).collect();
-        let people = holding(&node, "public.people", TableOptions::default(), &emails).await?;
-        compare(&mut bench, &mut table, "text", emails, &people).await?;
-        node.shutdown().await;
+        compare(&mut bench, &mut table, "text", emails, &nodes, "public.people").await?;
+        for node in nodes {
+            node.shutdown().await;
+        }
     }
     bench.table(table);
     ground.users(few).await?;
@@ -90,30 +89,30 @@ async fn run(mut bench: Bench) -> Result<Bench> {
 /// Reads these keys, all of which are there.
 type Read<K> = Box<dyn Fn(&[K]) -> usize + Send + Sync>;
 
-/// In the order of the table's columns. Only the row itself is hidden from the compiler, not what it comes wrapped in.
-async fn caches<K>(keys: &[K], users: &Table<K, User>) -> Result<Vec<(&'static str, Read<K>)>>
+/// In the order of the table's columns. Each way has a cache and rows of its own, or one would find in the processor's caches what the one before it has
+/// read. Only the row itself is hidden from the compiler, not what it comes wrapped in.
+async fn caches<K>(keys: &[K], [held, awaited]: [Table<K, User>; 2]) -> Result<Vec<(&'static str, Read<K>)>>
 where
     K: Key + Clone + Eq + Hash + Debug + ToString + Send + Sync + 'static,
 {
     let room = keys.len() * 2;
-    let rows: Vec<(K, Arc<User>)> = keys.iter().cloned().zip((1..).map(|id| Arc::new(User::nth(id)))).collect();
+    let rows = || keys.iter().cloned().zip((1..).map(|id| Arc::new(User::nth(id))));
     let mut caches: Vec<(&'static str, Read<K>)> = Vec::new();
 
     let bare = quick_cache::sync::Cache::new(room);
-    rows.iter().for_each(|(key, row)| bare.insert(key.clone(), row.clone()));
+    rows().for_each(|(key, row)| bare.insert(key, row));
     caches
         .push((BARE, Box::new(move |keys| keys.iter().filter(|key| bare.get(*key).map(black_box).is_some()).count())));
 
-    let held = users.clone();
     let read = move |keys: &[K]| keys.iter().filter(|key| held.try_get(key).row().map(black_box).is_some()).count();
     caches.push((TRY_GET, Box::new(read)));
 
-    let (held, runtime) = (users.clone(), Handle::current());
+    let runtime = Handle::current();
     let read = move |keys: &[K]| {
         runtime.block_on(async {
             let mut hits = 0;
             for key in keys {
-                hits += usize::from(held.get(key).await.is_ok_and(|row| row.map(black_box).is_some()));
+                hits += usize::from(awaited.get(key).await.is_ok_and(|row| row.map(black_box).is_some()));
             }
             hits
         })
@@ -121,14 +120,14 @@ where
     caches.push((GET, Box::new(read)));
 
     let moka = moka::sync::Cache::new(room as u64);
-    rows.iter().for_each(|(key, row)| moka.insert(key.clone(), row.clone()));
+    rows().for_each(|(key, row)| moka.insert(key, row));
     moka.run_pending_tasks();
     caches
         .push((MOKA, Box::new(move |keys| keys.iter().filter(|key| moka.get(*key).map(black_box).is_some()).count())));
 
     let (moka, runtime) = (moka::future::Cache::new(room as u64), Handle::current());
-    for (key, row) in &rows {
-        moka.insert(key.clone(), row.clone()).await;
+    for (key, row) in rows() {
+        moka.insert(key, row).await;
     }
     moka.run_pending_tasks().await;
     let read = move |keys: &[K]| {
@@ -143,8 +142,8 @@ where
     caches.push((MOKA_FUTURE, Box::new(read)));
 
     let foyer: foyer_memory::Cache<K, Arc<User>> = foyer_memory::CacheBuilder::new(room).build();
-    for (key, row) in &rows {
-        foyer.insert(key.clone(), row.clone());
+    for (key, row) in rows() {
+        foyer.insert(key, row);
     }
     let read = move |keys: &[K]| {
         keys.iter().filter(|key| foyer.get(*key).map(|entry| black_box(entry.value().clone())).is_some()).count()
@@ -152,15 +151,15 @@ where
     caches.push(("foyer", Box::new(read)));
 
     let map = dashmap::DashMap::new();
-    rows.iter().for_each(|(key, row)| drop(map.insert(key.clone(), row.clone())));
+    rows().for_each(|(key, row)| drop(map.insert(key, row)));
     let read = move |keys: &[K]| {
         keys.iter().filter(|key| map.get(*key).map(|row| black_box(Arc::clone(&row))).is_some()).count()
     };
     caches.push(("dashmap", Box::new(read)));
 
     let (hydra, runtime) = (HydraCache::local().max_capacity(room as u64 * 1024).build(), Handle::current());
-    for (key, row) in &rows {
-        hydra.put(&key.to_string(), User::clone(row), CacheOptions::new()).await?;
+    for (key, row) in rows() {
+        hydra.put(&key.to_string(), User::clone(&row), CacheOptions::new()).await?;
     }
     let read = move |keys: &[K]| {
         runtime.block_on(async {
@@ -181,14 +180,17 @@ async fn compare<K>(
     table: &mut report::Table,
     kind: &str,
     keys: Vec<K>,
-    users: &Table<K, User>,
+    nodes: &[Node; 2],
+    of: &str,
 ) -> Result<()>
 where
     K: Key + Clone + Eq + Hash + Debug + ToString + Send + Sync + 'static,
 {
     let rows = keys.len();
     let main = kind == "bigint" && rows == bench.size(100_000, 2000);
-    let caches = Arc::new(caches(&keys, users).await?);
+    let options = TableOptions::default;
+    let held = [holding(&nodes[0], of, options(), &keys).await?, holding(&nodes[1], of, options(), &keys).await?];
+    let caches = Arc::new(caches(&keys, held).await?);
     for (choice, zipf) in [("Zipf", true), ("uniform", false)] {
         for threads in [1, 2] {
             let read: Vec<Arc<Vec<K>>> = (0..threads).map(|seed| Arc::new(choose(&keys, zipf, seed))).collect();
