@@ -9,10 +9,11 @@
 
 use std::sync::{Arc, Weak};
 
+use smallvec::SmallVec;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    key::Key,
+    key::{Key, KeyPart},
     load,
     shared::{Progress, Shared},
     source::Source,
@@ -60,7 +61,7 @@ const SORTED: usize = 8;
 fn in_order<K: Key>(mut keys: Vec<(u32, K)>, sorted: usize) -> Vec<(u32, K)> {
     for some in keys.chunks_mut(sorted) {
         some.sort_by_cached_key(|(_, key)| {
-            key.to_parts().iter().map(|part| part.clone().into_owned()).collect::<Vec<_>>()
+            key.to_parts().into_iter().map(KeyPart::into_owned).collect::<SmallVec<[_; 1]>>()
         });
     }
     keys

@@ -6,6 +6,8 @@
 
 use std::{cmp::Reverse, collections::HashSet};
 
+use quick_cache::DefaultHashBuilder;
+
 use super::{Entry, Key, Store};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -73,11 +75,13 @@ impl<K: Key, V: Send + Sync + 'static> Store<K, V> {
     pub(crate) fn used_before(&self, max: usize) -> Vec<(u32, K)> {
         let word = self.gate.word();
         let mut keys = self.by_use(|entry| entry.word != word);
+        // Of what is held, no more can be among them; and a million keys are not looked for twice.
+        hottest(&mut keys, max);
         // After the look at what is held: see `Lost::note`. What was taken away in between is in both.
         let lost = self.lost.take();
         if !lost.is_empty() {
             keys.extend(lost);
-            let mut seen = HashSet::with_capacity(keys.len());
+            let mut seen = HashSet::with_capacity_and_hasher(keys.len(), DefaultHashBuilder::default());
             keys.retain(|(_, key)| seen.insert(key.clone()));
         }
         hottest(&mut keys, max);
