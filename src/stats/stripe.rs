@@ -11,11 +11,14 @@ use std::{
     },
 };
 
-/// How many stripes a thread can own. None where what is scheduled is not a thread.
-pub(super) const OWNED: usize = if cfg!(shuttle) { 0 } else { 32 };
+/// What a model checker schedules is no thread: all of that would be taken for the same owner. Nor has it a thread's stack.
+const IS_MODEL: bool = cfg!(any(shuttle, all(test, loom_core)));
+
+/// How many stripes a thread can own.
+pub(super) const OWNED: usize = if IS_MODEL { 0 } else { 32 };
 
 /// How many are shared by the threads that own none.
-const SHARED: usize = 16;
+const SHARED: usize = if IS_MODEL { 1 } else { 16 };
 
 pub(super) const COUNT: usize = OWNED + SHARED;
 
