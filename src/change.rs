@@ -27,9 +27,14 @@ use serde::{
     de::{SeqAccess, Visitor},
     ser::SerializeSeq,
 };
+use smallvec::smallvec;
 use uuid::Uuid;
 
-use crate::{hashed::KeyHash, key::KeyPart, snapshot::Snapshot};
+use crate::{
+    hashed::KeyHash,
+    key::{KeyPart, Parts},
+    snapshot::Snapshot,
+};
 
 /// The channel on which the triggers of every tracked table send.
 pub(crate) const CHANNEL: &str = "rowcache";
@@ -76,29 +81,16 @@ pub enum Rows {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RowKey(Parts);
 
-/// One part is by far the most common, and needs no allocation of its own.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Parts {
-    One([KeyPart<'static>; 1]),
-    Many(Vec<KeyPart<'static>>),
-}
-
 impl RowKey {
     /// The value of each key column, in key order.
     #[must_use]
     pub fn parts(&self) -> &[KeyPart<'static>] {
-        match &self.0 {
-            Parts::One(part) => part,
-            Parts::Many(parts) => parts,
-        }
+        &self.0
     }
 
     /// The key with these parts.
     pub(crate) fn new(parts: &[KeyPart<'_>]) -> Self {
-        Self(match parts {
-            [part] => Parts::One([part.clone().into_owned()]),
-            parts => Parts::Many(parts.iter().map(|part| part.clone().into_owned()).collect()),
-        })
+        Self(parts.iter().map(|part| part.clone().into_owned()).collect())
     }
 }
 
@@ -203,10 +195,9 @@ impl Message {
             .c
             .into_iter()
             .map(|(column, values)| {
-                let values = values.into_iter().map(|value| match value.0 {
-                    Parts::One([part]) => Ok(part),
-                    Parts::Many(_) => Err("a column's value is a list"),
-                });
+                let scalar =
+                    |value: RowKey| value.0.into_inner().map(|[part]| part).map_err(|_| "a column's value is a list");
+                let values = values.into_iter().map(scalar);
                 Ok((column, values.collect::<Result<_, _>>()?))
             })
             .collect::<Result<_, &str>>()?;
@@ -271,9 +262,9 @@ fn write(wire: &Wire<'_>) -> String {
 
 impl Serialize for RowKey {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match &self.0 {
-            Parts::One([part]) => part.serialize(serializer),
-            Parts::Many(parts) => {
+        match self.parts() {
+            [part] => part.serialize(serializer),
+            parts => {
                 let mut list = serializer.serialize_seq(Some(parts.len()))?;
                 for part in parts {
                     list.serialize_element(part)?;
@@ -306,14 +297,14 @@ impl<'de> Deserialize<'de> for RowKey {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RowKey, A::Error> {
-                let mut parts = Vec::new();
+                let mut parts = Parts::new();
                 while let Some(part) = list.next_element()? {
                     parts.push(part);
                 }
                 if parts.len() < 2 {
                     return Err(serde::de::Error::invalid_length(parts.len(), &self));
                 }
-                Ok(RowKey(Parts::Many(parts)))
+                Ok(RowKey(parts))
             }
 
             fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<RowKey, E> {
@@ -334,7 +325,7 @@ impl<'de> Deserialize<'de> for RowKey {
 }
 
 fn one(part: KeyPart<'static>) -> RowKey {
-    RowKey(Parts::One([part]))
+    RowKey(smallvec![part])
 }
 
 impl<'de> Deserialize<'de> for KeyPart<'static> {

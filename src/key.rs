@@ -6,6 +6,7 @@
 
 use std::{borrow::Cow, fmt, hash::Hash};
 
+use smallvec::SmallVec;
 use uuid::Uuid;
 
 /// A Postgres type that a key column may have.
@@ -141,6 +142,9 @@ pub enum KeyPart<'a> {
     /// A uuid that was read from a row (in messages it is text).
     Uuid(Uuid),
 }
+
+/// The parts of a key, owned. One is by far the most common, and needs no allocation of its own.
+pub(crate) type Parts = SmallVec<[KeyPart<'static>; 1]>;
 
 impl KeyPart<'_> {
     /// No row has this value: Postgres stores no text with a zero byte, and refuses every statement that has one. Values of

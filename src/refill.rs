@@ -9,11 +9,10 @@
 
 use std::sync::{Arc, Weak};
 
-use smallvec::SmallVec;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    key::{Key, KeyPart},
+    key::{Key, KeyPart, Parts},
     load,
     shared::{Progress, Shared},
     source::Source,
@@ -60,9 +59,7 @@ const SORTED: usize = 8;
 /// Keys with their heat, the hottest first, as they are asked for.
 fn in_order<K: Key>(mut keys: Vec<(u32, K)>, sorted: usize) -> Vec<(u32, K)> {
     for some in keys.chunks_mut(sorted) {
-        some.sort_by_cached_key(|(_, key)| {
-            key.to_parts().into_iter().map(KeyPart::into_owned).collect::<SmallVec<[_; 1]>>()
-        });
+        some.sort_by_cached_key(|(_, key)| key.to_parts().into_iter().map(KeyPart::into_owned).collect::<Parts>());
     }
     keys
 }

@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use smallvec::SmallVec;
 use sqlx::{AssertSqlSafe, Row as _, postgres::PgRow};
 use tokio::time::timeout;
 
 use crate::{
     error::{Error, Kind, Result},
-    key::{Key, KeyPart, KeyType},
+    key::{Key, KeyType, Parts},
     postgres::{
         access::Access,
         columns::{self, KeyColumn},
@@ -17,9 +16,6 @@ use crate::{
         server::fetch,
     },
 };
-
-/// One is by far the most common, and needs no allocation.
-pub(super) type Parts = SmallVec<[KeyPart<'static>; 1]>;
 
 /// What key columns of these types have in a row, from column `first` on; `None` if one of them is null.
 pub(super) fn parts(row: &PgRow, first: usize, types: &[KeyType]) -> sqlx::Result<Option<Parts>> {

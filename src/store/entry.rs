@@ -41,7 +41,7 @@ pub(crate) struct Entry<V> {
 pub(super) struct Weight(u32);
 
 impl Weight {
-    /// Beyond 2³¹, it makes no difference.
+    /// What is more than 2 GB is as much: the lowest bit is taken. Postgres sends no row of more than 1 GB.
     pub(super) fn new<V>(weight: usize, value: Option<&V>) -> Self {
         const MAX: u32 = u32::MAX >> 1;
         let weight = u32::try_from(weight).unwrap_or(MAX).min(MAX);
