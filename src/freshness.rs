@@ -165,9 +165,11 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
         self.start_loads(wanted);
         let asked = asked?;
         let mut rows = Vec::with_capacity(keys.len());
-        for (key, asked) in keys.iter().zip(asked) {
+        // From the last one, which is answered last: this task is woken once then, and not by each answer.
+        for (key, asked) in keys.iter().zip(asked).rev() {
             rows.push(self.accept(key, asked, terms).await?.0);
         }
+        rows.reverse();
         Ok(rows)
     }
 
@@ -352,10 +354,10 @@ impl<K: Key, V: Send + Sync + 'static> Table<K, V> {
 
     /// Waits for the answer, and holds it against the terms. Also whether what is held answered because a load failed or took too long.
     async fn accept(&self, key: &K, asked: Asked<V>, terms: Terms) -> Result<(Option<Cached<V>>, bool)> {
-        let held = match &asked {
+        let held = match (&asked, terms.of) {
             // Entries are of the incarnation that the node listens to.
-            Asked::Hit(_) => self.shared().look(|coherence| coherence.incarnation()),
-            Asked::Wait(_) => None,
+            (Asked::Hit(_), Some(_)) => self.shared().look(|coherence| coherence.incarnation()),
+            _ => None,
         };
         let (Answer { entry, read }, is_rescued) = self.answer_or_rescue(key, asked, terms).await?;
         match terms.of {

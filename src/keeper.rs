@@ -8,7 +8,7 @@
 mod poll;
 mod spare;
 
-use std::{sync::Arc, time::Duration};
+use std::{iter, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::{sync::oneshot, time::timeout};
@@ -63,9 +63,6 @@ async fn keep_trying(shared: &Arc<Shared>, mut ready: Option<oneshot::Sender<Res
                 complaint.is_settled();
                 if shared.host.now() > began + shared.config.lease {
                     pauses = line_pauses(shared);
-                    // Nothing says yet that the server is not there. No more than this, so that a fleet does not come back all at once.
-                    tokio::time::sleep(jitter(shared)).await;
-                    continue;
                 }
             }
             // The attempt ended with the node: that is no failure, and nothing is tried again.
@@ -94,9 +91,10 @@ pub(crate) fn pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> 
 }
 
 /// Pauses between attempts to open the line: each is a thirtieth of the time that has been waited for already, so that a node is back
-/// soon after its server, however long that took.
+/// soon after its server, however long that took. The first one is as short as a fleet lets it be, whose nodes must not come back all at
+/// once: nothing says yet that the server is not there.
 fn line_pauses(shared: &Shared) -> impl Iterator<Item = Duration> + use<> {
-    pauses_growing(shared, 1.05)
+    iter::once(jitter(shared)).chain(pauses_growing(shared, 1.05))
 }
 
 fn pauses_growing(shared: &Shared, factor: f32) -> ExponentialBackoff {

@@ -80,7 +80,7 @@ pub(crate) struct Ahead {
     /// They were held already.
     pub(crate) held: usize,
     pub(crate) loaded: usize,
-    /// The last one's error.
+    /// How many, and the first one's error.
     pub(crate) failed: Option<(usize, Error)>,
 }
 
@@ -95,7 +95,8 @@ pub(crate) async fn ahead<K: Key, V: Send + Sync + 'static>(
     let asked: Vec<_> = keys.iter().map(|key| store.ask_again(key, Join::Running, &mut wanted)).collect();
     start(store, source, shared, wanted);
     let mut ahead = Ahead::default();
-    for asked in asked {
+    // From the last one, which is answered last: this task is woken once then, and not by each answer.
+    for asked in asked.into_iter().rev() {
         let Asked::Wait(answer) = asked else {
             ahead.held += 1;
             continue;

@@ -213,6 +213,23 @@ async fn a_disconnection_is_a_gap() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_line_that_is_lost_is_opened_again_at_once_and_one_that_is_lost_again_and_again_is_not() {
+    let (db, _) = ada();
+    let node = db.node().await;
+    let mut events = node.subscribe();
+    let mut pauses = Vec::new();
+    for _ in 0..3 {
+        let lost = Instant::now();
+        db.disconnect();
+        while !matches!(events.recv().await.expect("the node lives"), Event::Coherent) {}
+        pauses.push(lost.elapsed());
+    }
+    // Paused time passes when something is waited for; timers go by whole milliseconds.
+    assert!(pauses[0] <= ms(21), "{pauses:?}");
+    assert!(pauses[1..].iter().all(|pause| *pause >= ms(20)), "{pauses:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_message_that_comes_twice_does_no_harm() {
     let (db, users) = ada();
     let node = db.node().await;

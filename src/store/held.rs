@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 
 use quick_cache::{DefaultHashBuilder, Lifecycle, Options, OptionsBuilder, Weighter, sync::Cache};
+use smallvec::SmallVec;
 
 use super::{Entry, Key};
 use crate::{
@@ -194,11 +195,12 @@ impl<K> Clone for Keeping<K> {
     }
 }
 
-struct Evicted<K, V>(Vec<(K, Arc<Entry<V>>)>);
+/// Mostly none, or the one that was replaced.
+struct Evicted<K, V>(SmallVec<[(K, Arc<Entry<V>>); 1]>);
 
 impl<K, V> Default for Evicted<K, V> {
     fn default() -> Self {
-        Self(Vec::new())
+        Self(SmallVec::new())
     }
 }
 
