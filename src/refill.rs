@@ -45,7 +45,7 @@ pub(crate) async fn after_gaps<K: Key, V: Send + Sync + 'static>(
         };
         let Some(store) = store.upgrade() else { return };
         let (list, listed) = oneshot::channel();
-        let (held, sorted) = (Arc::clone(&store), SORTED * shared.config.load_keys_max);
+        let (held, sorted) = (Arc::clone(&store), shared.config.load_keys_max.saturating_mul(SORTED));
         shared.host.spawn_blocking(Box::new(move || drop(list.send(in_order(held.used_before(rows_max), sorted)))));
         let Ok(keys) = listed.await else { return };
         let found = keys.len();
@@ -63,7 +63,7 @@ fn in_order<K: Key>(mut keys: Vec<(u32, K)>, mut piece: usize) -> Vec<(u32, K)> 
     while !rest.is_empty() {
         let some = rest.split_off_mut(..piece.min(rest.len())).unwrap_or_default();
         some.sort_by_cached_key(|(_, key)| key.to_parts().into_iter().map(KeyPart::into_owned).collect::<Parts>());
-        piece *= 2;
+        piece = piece.saturating_mul(2);
     }
     keys
 }
@@ -96,4 +96,20 @@ async fn refill<K: Key, V: Send + Sync + 'static>(
     }
     store.counters.refilled.add(refilled as u64);
     refilled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_order;
+
+    #[test]
+    fn keys_are_sorted_within_pieces_that_grow() {
+        let asked = |first| {
+            let keys = (0..9_i64).rev().map(|key| (0, key)).collect();
+            in_order(keys, first).into_iter().map(|(_, key)| key).collect::<Vec<_>>()
+        };
+        assert_eq!(asked(1), [8, 6, 7, 2, 3, 4, 5, 0, 1]);
+        assert_eq!(asked(4), [5, 6, 7, 8, 0, 1, 2, 3, 4]);
+        assert_eq!(asked(usize::MAX), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    }
 }

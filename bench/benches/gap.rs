@@ -83,9 +83,9 @@ async fn run(mut bench: Bench) -> Result<Bench> {
         "Why targets are missed. A refill sends two statements of 512 keys at a time, the hottest first, so that a fleet asks for no more than that per
          node and table. How long it takes to read 100,000 rows while nothing else runs is in the last table; here the processors are shared with a
          reader who is as fast as before, and sends his misses himself. Among a million rows it takes a tenth of a second to find the hottest,
-         and they lie farther apart in the server's memory, which takes up to twice as long to read. With the change log, what was read during the gap is loaded once more when
-         it is asked for, as it was not published. After a restart the pause between two attempts to connect is a thirtieth to a fifteenth of the
-         time that the server was down.",
+         and they lie farther apart in the server's memory, which takes up to twice as long to read. With the change log, what was read during
+         the gap is loaded once more when it is asked for, as it was not published. After a restart the pause between two attempts to connect
+         is a thirtieth to a fifteenth of the time that the server was down.",
     );
     let mut ground = Ground::start(&mut bench).await?;
     let mut table = report::Table::new(
